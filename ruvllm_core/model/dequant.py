@@ -20,7 +20,7 @@ from ruvllm_core.errors import QuantizationError
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 
 Blocks = npt.NDArray[np.uint8]  # [n, block_bytes]
-Floats = npt.NDArray[np.float32]  # [n, block_size]
+Floats = npt.NDArray[np.float32]  # [n, block_size], or a whole tensor
 
 _CHUNK_VALUES = 1 << 16  # 256 KiB of results: stays in L2 while several passes run over it
 _THREAD_VALUES = 1 << 20  # below this a thread costs more than it saves
@@ -41,9 +41,7 @@ def dequantize(
     if out is None:
         out = np.empty(tensor.shape, dtype=np.float32)
     elif out.shape != tensor.shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise QuantizationError(
-            f"out must be C-contiguous float32 of shape {tensor.shape}, got {out.dtype} {out.shape}"
-        )
+        raise QuantizationError(f"out must be C-contiguous float32 {tensor.shape}, got {out.dtype} {out.shape}")
     scheme = SCHEMES[tensor.scheme]
     decode = _DECODERS[tensor.scheme]
     data = np.ascontiguousarray(tensor.data)
@@ -103,7 +101,8 @@ def _run_all(run: Callable[[int], None], starts: range) -> None:
 
 def _half(blocks: Blocks, start: int, count: int = 1) -> Floats:
     """`count` little-endian f16 numbers at byte `start` of each block, as float32 ``[n, count]``."""
-    return np.ascontiguousarray(blocks[:, start : start + 2 * count]).view("<f2").astype(np.float32)
+    halves: npt.NDArray[np.float16] = np.ascontiguousarray(blocks[:, start : start + 2 * count]).view("<f2")
+    return halves.astype(np.float32)
 
 
 def _nibbles(packed: Blocks, run: int) -> npt.NDArray[np.uint8]:
@@ -170,7 +169,8 @@ def _q4_1(blocks: Blocks, out: Floats) -> None:
 
 def _five_bits(blocks: Blocks, start: int) -> npt.NDArray[np.uint8]:
     high = np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little")
-    return _nibbles(blocks[:, start + 4 :], 16) | (high << np.uint8(4))
+    quants: npt.NDArray[np.uint8] = _nibbles(blocks[:, start + 4 :], 16) | (high << np.uint8(4))
+    return quants
 
 
 def _q5_0(blocks: Blocks, out: Floats) -> None:
