@@ -18,13 +18,16 @@ import numpy as np
 
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
 from ruvllm_core.model.dequant import count_non_finite
-from ruvllm_core.model.gguf_parser import DAMAGED, Parser, ValueType
+from ruvllm_core.model.gguf_parser import (
+    DAMAGED,
+    DEFAULT_ALIGNMENT,
+    MAX_DIMS,
+    MAX_KEY,
+    MAX_NAME,
+    Parser,
+    ValueType,
+)
 from ruvllm_core.model.quant import SCHEME_OF_GGML_TYPE, SCHEMES, QuantTensor
-
-DEFAULT_ALIGNMENT = 32
-_MAX_NAME = 64  # bytes of a tensor name, from the specification
-_MAX_KEY = 65535  # bytes of a metadata key, from the specification
-_MAX_DIMS = 4
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -74,7 +77,7 @@ class GGUFFile:
         self.types: dict[str, tuple[ValueType, ...]] = {}
         for index in range(metadata_count):
             parser.where = f"metadata entry {index}"
-            key = parser.name(_MAX_KEY)
+            key = parser.name(MAX_KEY)
             parser.where = f"metadata '{key}'"
             if key in self.metadata:
                 parser.fail("the key occurs twice")
@@ -179,12 +182,12 @@ def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, 
     infos: dict[str, TensorInfo] = {}
     for index in range(count):
         parser.where = f"tensor {index}"
-        name = parser.name(_MAX_NAME)
+        name = parser.name(MAX_NAME)
         parser.where = f"tensor '{name}'"
         if name in infos:
             parser.fail("the name occurs twice")
-        if not 1 <= (num_dims := parser.u32()) <= _MAX_DIMS:
-            parser.fail(f"{num_dims} dimensions, expected 1 to {_MAX_DIMS}")
+        if not 1 <= (num_dims := parser.u32()) <= MAX_DIMS:
+            parser.fail(f"{num_dims} dimensions, expected 1 to {MAX_DIMS}")
         shape = tuple(parser.u64() for _ in range(num_dims))[::-1]
         scheme = SCHEME_OF_GGML_TYPE.get(number := parser.u32())
         if scheme is None:

@@ -19,6 +19,10 @@ from ruvllm_core.errors import FormatError
 
 MAGIC = b"GGUF"
 DAMAGED = "the file is damaged or incomplete: download it again, or convert the model again"
+DEFAULT_ALIGNMENT = 32
+MAX_NAME = 64  # bytes of a tensor name, from the specification
+MAX_KEY = 65535  # bytes of a metadata key, from the specification
+MAX_DIMS = 4
 _MAX_NESTING = 4  # arrays within arrays; the specification sets no bound, no known file goes past 2
 
 
@@ -129,8 +133,8 @@ class Parser:
         at = self.take(count * dtype.itemsize)
         if kind is ValueType.BOOL and self.buffer[at : at + count].strip(b"\0\1"):
             self.fail("a truth value that is neither 0 nor 1")
-        values: npt.NDArray[Any] = np.frombuffer(self.buffer, dtype=dtype, count=count, offset=at)
-        return values.copy()
+        values: npt.NDArray[Any] = np.frombuffer(self.buffer, dtype=dtype, count=count, offset=at).copy()
+        return values
 
     def strings(self, count: int) -> list[str]:
         """`count` strings. The one loop that runs a hundred thousand times, so it keeps everything in locals."""
