@@ -22,6 +22,9 @@ A message says what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RuvLLMError(Exception):
     """Base of all errors that ruvllm raises on purpose.
@@ -98,3 +101,12 @@ class TemplateError(RuvLLMError):
 
 class LearningError(RuvLLMError):
     """Feedback or learned state cannot be used."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint with the known names nearest to `name`, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    return "known: " + ", ".join(names) if names else "there are none"

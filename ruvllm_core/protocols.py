@@ -1,0 +1,302 @@
+"""The seams: what each kind of plugin has to provide. Nothing here is executed per token.
+
+Letters of array shapes: T tokens of a ragged batch, B sequences, R rows wanted, C hidden size, H and K query and
+key/value heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ruvllm_core.decode.batch import Batch
+    from ruvllm_core.decode.kv import KVStorage, KVView
+    from ruvllm_core.generate.request import Request, TokenEvent, Trajectory
+    from ruvllm_core.model.quant import QuantTensor
+    from ruvllm_core.model.spec import ModelSpec, TensorSource
+    from ruvllm_core.settings import CacheConfig
+
+FloatArray = npt.NDArray[np.float32]
+Weights = Mapping[str, "QuantTensor"]
+TensorLookup = Callable[[str], "QuantTensor | None"]
+
+
+class Architecture(Protocol):
+    """A model family.
+
+    Attributes:
+        name: registered name.
+        hf_names: ``architectures`` entries of a Hugging Face config that mean this family.
+        gguf_names: values of ``general.architecture`` that mean this family.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    gguf_names: tuple[str, ...]
+
+    def spec_from_hf(self, config: Mapping[str, Any]) -> ModelSpec:
+        """The spec of a parsed ``config.json``. Raises `ModelError` naming the field that is wrong."""
+
+    def spec_from_gguf(self, metadata: Mapping[str, Any], tensor: TensorLookup) -> ModelSpec:
+        """The spec of a GGUF file; `tensor` returns a tensor by its name in the file, or None."""
+
+    def tensor_names(self, spec: ModelSpec) -> Mapping[str, TensorSource]:
+        """Canonical names (see `llama_tensor_names`) and where each is found in a file."""
+
+
+class Quantizer(Protocol):
+    """Floats to blocks.
+
+    Attributes:
+        name: a scheme (``q4_k``) or a mixed recipe (``q4_k_m``).
+        file_type: GGUF's ``general.file_type`` for a file made by it.
+    """
+
+    name: str
+    file_type: int
+
+    def scheme_for(self, tensor_name: str, shape: tuple[int, ...], num_layers: int) -> str:
+        """The scheme of one tensor, by its GGUF name."""
+
+    def quantize(self, values: FloatArray, scheme: str, *, name: str = "") -> QuantTensor:
+        """Encode ``[rows, columns]`` floats; `name` is for the error message."""
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How a decoder is to be built.
+
+    Attributes:
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: arithmetic of unquantized math.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        device_index: which GPU, where `device` does not say.
+        threads: CPU threads; 0 follows the machine and its cgroup limits.
+        max_context: longest sequence that will be asked for.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_index: int = 0
+    threads: int = 0
+    max_context: int = 4096
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Executes a model. Arrays that cross this seam are NumPy arrays in host memory.
+
+    Attributes:
+        spec: the model.
+        kv_schemes: schemes its cache storage can have, the one it prefers first.
+    """
+
+    spec: ModelSpec
+    kv_schemes: tuple[str, ...]
+
+    def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
+        """Zeroed storage for every layer. Raises `OutOfMemoryError`."""
+
+    def forward(self, batch: Batch) -> FloatArray:
+        """Run the layers, write new keys and values; hidden states after the last norm, float32 ``[R, C]``.
+
+        Adapter sites inside the layers are applied here, the ``final`` site by `ruvllm_core.decode.lora.apply_final`.
+        """
+
+    def logits(self, hidden: FloatArray) -> FloatArray:
+        """Output projection, float32 ``[R, V]``."""
+
+    def close(self) -> None:
+        """Free everything; later calls are errors."""
+
+
+@runtime_checkable
+class FusedDecoder(Decoder, Protocol):
+    """A decoder that can sample where the logits are, for devices where leaving costs more than the work."""
+
+    def step(self, batch: Batch, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
+        """One token for each wanted row, int64 ``[R]``, final-site adapters applied."""
+
+
+class KernelProvider(Protocol):
+    """A device's operations, and optionally a whole-model executor.
+
+    Attributes:
+        device: what it runs on, as in ``cpu`` or ``cuda:0``.
+    """
+
+    device: str
+
+    def ops(self) -> Mapping[str, Callable[..., Any]]:
+        """Operations by the names of `ruvllm_core.decode.ops.Ops`; the torch reference fills in the rest."""
+
+    def decoder(self, spec: ModelSpec, weights: Weights, options: DecoderOptions) -> Decoder | None:
+        """A decoder of its own, or None to have the eager decoder run over `ops`."""
+
+
+@dataclass(frozen=True)
+class CacheContext:
+    """What a cache policy is built from."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    config: CacheConfig
+    max_context: int
+    max_sequences: int
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds now. `allocated_bytes` is memory reserved, `used_bytes` that of live tokens."""
+
+    sequences: int
+    tokens: int
+    allocated_bytes: int
+    used_bytes: int
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class KVCachePolicy(Protocol):
+    """Where keys and values live. A sequence is open, extend, view, commit, …, close."""
+
+    def open(self, sequence: str, token_ids: Sequence[int], capacity: int, key: str = "") -> int:
+        """Start a sequence of at most `capacity` tokens.
+
+        Returns how many leading tokens of `token_ids` are cached already; at least one is always left to compute.
+        `key` tells apart what must not share a prefix (adapter version, tenant). Raises `CacheFull`.
+        """
+
+    def extend(self, sequence: str, count: int) -> None:
+        """Make room for the next `count` tokens. Raises `CacheFull`, leaving every sequence as it was."""
+
+    def view(self, sequences: Sequence[str]) -> KVView:
+        """What attention sees, with slots for the tokens last made room for."""
+
+    def commit(self, sequence: str) -> None:
+        """The tokens last made room for have been written."""
+
+    def truncate(self, sequence: str, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    def close(self, sequence: str) -> None:
+        """Free a sequence."""
+
+    def stats(self) -> CacheStats:
+        """What is held now."""
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a backend is built from.
+
+    Attributes:
+        cache: builds the cache policy for a number of sequences, since only the backend knows how many it runs.
+        options: the plugin's own settings, an instance of its ``Settings`` model, or None if it has none.
+    """
+
+    spec: ModelSpec
+    decoder: Decoder
+    cache: Callable[[int], KVCachePolicy]
+    prefill_chunk: int
+    options: Any = None
+
+
+class Backend(Protocol):
+    """How requests are executed. All calls come from one thread."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises `PromptTooLong` or `CacheFull` for one that can never run."""
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request, running or queued; one that is gone already is ignored."""
+
+    def step(self) -> list[TokenEvent]:
+        """Do one unit of work. Nothing queued: an empty list, at once."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has work to do."""
+
+    def cache_stats(self) -> CacheStats:
+        """What the cache holds now."""
+
+    def close(self) -> None:
+        """Drop all requests and free the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``y += scale * (x Aᵀ) Bᵀ`` with `a` float32 ``[r, in]`` and `b` float32 ``[out, r]`` (LoRA, arXiv 2106.09685)."""
+
+    a: FloatArray
+    b: FloatArray
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Low-rank deltas at named sites: ``final`` (hidden to hidden, before the output projection) or a weight's name.
+
+    `version` changes whenever the numbers do: caches are keyed by it. `key_sites` is whether keys and values change.
+    """
+
+    version: str
+    sites: Mapping[str, LowRank]
+
+    @property
+    def changes_cache(self) -> bool:
+        return any(site != "final" for site in self.sites)
+
+
+class Proposer(Protocol):
+    """Drafts tokens for speculative decoding."""
+
+    def propose(self, token_ids: Sequence[int], k: int) -> tuple[Sequence[int], FloatArray | None]:
+        """Up to `k` draft tokens, and their distributions ``[k, V]`` if drawn from any (None: drafted for certain)."""
+
+
+@dataclass(frozen=True)
+class LearningContext:
+    """What a learning loop is built from. `state_dir` is its own folder, which may not exist yet."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    model: str
+    state_dir: Path
+    options: Any = None
+
+
+class LearningLoop(Protocol):
+    """Observes finished requests and adapts. All calls come from the thread that runs the backend.
+
+    Attributes:
+        wants_hidden: record hidden states of every request.
+    """
+
+    wants_hidden: bool
+
+    def adapter(self, request: Request) -> Adapter | None:
+        """The adapter a new request runs with; None is the base model, bit for bit."""
+
+    def observe(self, trajectory: Trajectory) -> None:
+        """A request has finished."""
+
+    def feedback(self, request_id: str, quality: float) -> None:
+        """The user's verdict in ``[0, 1]``. Raises `LearningError` for a request it does not remember."""
+
+    def tick(self, budget_s: float) -> bool:
+        """Idle time: work for at most `budget_s` seconds; True if more is waiting."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learned."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def proposer(self) -> Proposer | None:
+        """A learned draft for speculation, or None."""

@@ -1,0 +1,259 @@
+"""Finds plugins and hands out what they offer. Discovery reads entry points and imports no implementation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+from pydantic import BaseModel
+
+from ruvllm_core import __version__, hookspecs
+from ruvllm_core.errors import ConfigError, PluginConflict, PluginError, near
+from ruvllm_core.hookspecs import API_VERSION, ENTRY_POINT_GROUP, KINDS, Offer
+from ruvllm_core.settings import Settings, validate_options
+
+BUILTIN = "core"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An offer, and which plugin of which distribution makes it."""
+
+    kind: str
+    offer: Offer
+    plugin: str
+    distribution: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.offer.name
+
+    def reason(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.offer.probe is None:
+            return None
+        try:
+            return self.offer.probe()
+        except Exception as error:  # a probe is foreign code; what it raises is its reason
+            return f"its probe failed: {type(error).__name__}: {error}"
+
+    def load(self) -> Any:
+        """Import the implementation. Raises `PluginError` from whatever went wrong."""
+        module_name, _, attribute = self.offer.target.partition(":")
+        try:
+            value: Any = importlib.import_module(module_name)
+            for part in attribute.split("."):
+                value = getattr(value, part)
+            return value
+        except Exception as error:
+            raise PluginError(
+                f"{self.kind} {self.name!r} of {self.distribution} {self.version} cannot be loaded from "
+                f"{self.offer.target}: {type(error).__name__}: {error}",
+                hint="reinstall the package, or block the plugin with plugin_block",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A plugin that is installed but not in use; `error` is None when the settings leave it out."""
+
+    plugin: str
+    distribution: str
+    version: str
+    reason: str
+    error: Exception | None = None
+
+
+@dataclass
+class Selection:
+    """The entry that was chosen, and why each other candidate lost."""
+
+    entry: Entry
+    lost: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Registry:
+    """All offers of all plugins, after the allow and block lists.
+
+    A plugin that cannot be imported, was written for another API version, or offers something malformed is
+    quarantined: it is listed, and raises only if somebody asks for it by name.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings()
+        self._manager = pluggy.PluginManager("ruvllm")
+        self._manager.add_hookspecs(hookspecs)
+        self._entries: list[Entry] = []
+        self._modules: dict[str, ModuleType] = {}
+        self.quarantined: list[Quarantined] = []
+
+    @classmethod
+    def discover(cls, settings: Settings | None = None) -> Registry:
+        """A registry of the built-ins and of every installed plugin."""
+        registry = cls(settings)
+        registry.register(importlib.import_module("ruvllm_core.builtin"), BUILTIN, "ruvllm-core", __version__)
+        for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+            registry._register_entry_point(point)
+        return registry
+
+    def register(self, module: ModuleType, plugin: str, distribution: str, version: str) -> None:
+        """Add a plugin's hooks module. One that breaks the rules is quarantined."""
+        try:
+            self._entries += self._collect(module, plugin, distribution, version)
+            self._modules[plugin] = module
+        except Exception as error:
+            with contextlib.suppress(ValueError):
+                self._manager.unregister(module)
+            self._quarantine(plugin, distribution, version, error)
+
+    def entries(self, kind: str) -> list[Entry]:
+        """All offers of `kind`; kernels by falling priority, others by name."""
+        found = [entry for entry in self._entries if entry.kind == kind]
+        return sorted(found, key=lambda entry: (-entry.offer.priority, entry.name))
+
+    def entry(self, kind: str, name: str) -> Entry:
+        """The one offer called `name`. Raises `PluginConflict`, or `PluginError` with the nearest names."""
+        found = [entry for entry in self._entries if entry.kind == kind and entry.name == name]
+        if len(found) > 1:
+            owners = " and ".join(f"{entry.distribution} {entry.version} (plugin {entry.plugin})" for entry in found)
+            raise PluginConflict(
+                f"{kind}: {name!r} is claimed by {owners}", hint="uninstall one, or name one in plugin_block"
+            )
+        if found:
+            return found[0]
+        for plugin in self.quarantined:
+            if plugin.error is not None and name in (plugin.plugin, plugin.distribution):
+                raise PluginError(f"plugin {plugin.plugin} is broken: {plugin.reason}") from plugin.error
+        out = [f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined]
+        missing = f"; not in use: {', '.join(out)}" if out else ""
+        raise PluginError(
+            f"{kind}: there is no {name!r}{missing}", hint=near(name, (entry.name for entry in self.entries(kind)))
+        )
+
+    def load(self, kind: str, name: str) -> Any:
+        """The implementation called `name`, its probe passed. Raises `PluginError`."""
+        entry = self.entry(kind, name)
+        if reason := entry.reason():
+            raise PluginError(f"{kind}: {name!r} of {entry.distribution} cannot run here: {reason}")
+        return entry.load()
+
+    def load_all(self, kind: str) -> list[Any]:
+        """Every implementation of `kind` that can run here. Raises `PluginConflict` if two share a name."""
+        return [self.load(kind, entry.name) for entry in self.entries(kind) if entry.reason() is None]
+
+    def select(self, kind: str, preference: Sequence[str] | str) -> Selection:
+        """The first of `preference` that can run here; ``auto`` tries all by falling priority."""
+        names = [entry.name for entry in self.entries(kind)] if preference == "auto" else list(preference)
+        lost: list[tuple[str, str]] = []
+        for name in names:
+            entry = self.entry(kind, name)
+            if reason := entry.reason():
+                lost.append((name, reason))
+                continue
+            taken = names.index(name)
+            lost += [(other, f"{name} comes first") for other in names[taken + 1 :]]
+            return Selection(entry, lost)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in lost) or "none is installed"
+        raise PluginError(f"{kind}: nothing can run here ({reasons})")
+
+    def options(self, plugin: str) -> BaseModel | None:
+        """The plugin's settings through its ``Settings`` model, or None if it has none. Raises `ConfigError`."""
+        values = self._settings.plugins.get(plugin, {})
+        model = getattr(self._modules.get(plugin), "Settings", None)
+        if model is None:
+            if values:
+                raise ConfigError(f"plugin {plugin} has no settings, but {', '.join(sorted(values))} is set")
+            return None
+        return validate_options(model, values, plugin)
+
+    def check_settings(self) -> None:
+        """Check every plugin's settings. Raises `ConfigError`, also for settings of a plugin that is not there."""
+        known = {*self._modules, *(plugin.plugin for plugin in self.quarantined)}
+        for plugin in self._settings.plugins:
+            if plugin not in known:
+                raise ConfigError(f"settings for plugin {plugin!r}, which is not installed", hint=near(plugin, known))
+        for plugin in self._modules:
+            self.options(plugin)
+
+    def report(self) -> list[dict[str, str | None]]:
+        """A row for each offer and each plugin not in use: name, kind, distribution, version, status, reason."""
+        rows: list[dict[str, str | None]] = []
+        for kind in KINDS:
+            entries = self.entries(kind)
+            for entry in entries:
+                rivals = [other.distribution for other in entries if other.name == entry.name and other is not entry]
+                reason = f"also claimed by {', '.join(rivals)}" if rivals else entry.reason()
+                status = "conflict" if rivals else "unavailable" if reason else "ok"
+                rows.append(_row(entry.name, kind, entry, status, reason, entry.offer.summary))
+        for plugin in self.quarantined:
+            status = "quarantined" if plugin.error else "blocked"
+            rows.append(_row(plugin.plugin, "plugin", plugin, status, plugin.reason, ""))
+        return rows
+
+    def _register_entry_point(self, point: EntryPoint) -> None:
+        distribution = point.dist.name if point.dist else point.value
+        version = point.dist.version if point.dist else "unknown"
+        names = {point.name, distribution}
+        allowed, blocked = self._settings.plugin_allow, self._settings.plugin_block
+        if names & set(blocked):
+            reason = "named in plugin_block"
+        elif allowed is not None and not names & set(allowed):
+            reason = "not named in plugin_allow"
+        else:
+            try:
+                module = point.load()
+            except (Exception, SystemExit) as error:
+                self._quarantine(point.name, distribution, version, error)
+            else:
+                self.register(module, point.name, distribution, version)
+            return
+        self.quarantined.append(Quarantined(point.name, distribution, version, reason))
+
+    def _collect(self, module: ModuleType, plugin: str, distribution: str, version: str) -> list[Entry]:
+        stated = getattr(module, "RUVLLM_API_VERSION", None)
+        if stated != API_VERSION:
+            written = "states no RUVLLM_API_VERSION" if stated is None else f"was written for API version {stated}"
+            raise PluginError(f"it {written}; this ruvllm has version {API_VERSION}")
+        self._manager.register(module, plugin)
+        self._manager.check_pending()
+        entries: list[Entry] = []
+        for kind in KINDS:
+            caller = getattr(self._manager.hook, kind)
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin is not module:
+                    continue
+                offers = implementation.function()
+                if not isinstance(offers, Iterable):
+                    raise PluginError(f"its hook {kind} returned {type(offers).__name__}, not a list of Offer")
+                for offer in offers:
+                    if not isinstance(offer, Offer) or not offer.name or ":" not in offer.target:
+                        raise PluginError(f"its hook {kind} returned {offer!r}, which is no usable Offer")
+                    entries.append(Entry(kind, offer, plugin, distribution, version))
+        return entries
+
+    def _quarantine(self, plugin: str, distribution: str, version: str, error: BaseException) -> None:
+        cause = error if isinstance(error, Exception) else RuntimeError(f"it tried to exit ({error})")
+        reason = str(cause) if isinstance(cause, PluginError) else f"{type(cause).__name__}: {cause}"
+        self.quarantined.append(Quarantined(plugin, distribution, version, reason, cause))
+
+
+def _row(
+    name: str, kind: str, owner: Entry | Quarantined, status: str, reason: str | None, summary: str
+) -> dict[str, str | None]:
+    return {
+        "name": name,
+        "kind": kind,
+        "plugin": owner.plugin,
+        "distribution": owner.distribution,
+        "version": owner.version,
+        "status": status,
+        "reason": reason,
+        "summary": summary,
+    }

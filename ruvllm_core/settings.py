@@ -1,0 +1,239 @@
+"""Settings: flags over environment (``RUVLLM_*``) over a TOML file over defaults, checked as a whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from ruvllm_core.errors import ConfigError, near
+from ruvllm_core.generate.request import SamplingFields
+
+ENV_PREFIX = "RUVLLM_"
+
+
+def _split(value: Any) -> Any:
+    """``a, b`` from an environment variable or flag as a list."""
+    if isinstance(value, str) and value != "auto":
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+AutoOrNames = Annotated[Literal["auto"] | list[str], NoDecode, BeforeValidator(_split)]
+
+
+class CacheConfig(BaseModel):
+    """Where keys and values live.
+
+    Attributes:
+        policy: name of a registered cache policy.
+        precision: scheme of unquantized keys and values; ``auto`` is what the decoder prefers.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: str = "contiguous"
+    precision: Literal["auto", "f32", "f16", "bf16"] = "auto"
+
+
+class ModelFields(BaseModel):
+    """How a model is loaded.
+
+    Attributes:
+        max_context: most tokens of a sequence; None is the model's own limit.
+        quantization: quantize unquantized weights while loading, to a scheme or recipe that a plugin offers; None
+            takes the file as it is.
+        kernels: kernel providers in order of preference; ``auto`` tries all, best first.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        dtype: arithmetic of unquantized math.
+        threads: CPU threads; 0 follows the machine and its cgroup limits.
+        prefill_chunk: most prompt tokens computed in one step.
+        cache: the key/value cache.
+        learning: learning loops to run; ``auto`` is all that are installed, an empty list none.
+    """
+
+    max_context: int | None = Field(None, ge=1)
+    quantization: str | None = None
+    kernels: AutoOrNames = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int = Field(0, ge=0, le=1024)
+    prefill_chunk: int = Field(512, ge=1)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    learning: AutoOrNames = "auto"
+
+
+class ModelConfig(ModelFields):
+    """How a model is loaded, for `Engine.load`; what is not set here comes from `Settings`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _explain(error, type(self), "model configuration") from None
+
+
+class RunConfig(BaseModel):
+    """What ``ruvllm run --config`` does: prompts given here or in a JSONL file, answers to a JSONL file or stdout."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: list[str] = Field(default_factory=list)
+    prompt_file: Path | None = None
+    output: Path | None = None
+    system: str | None = None
+    raw: bool = False
+
+
+class Settings(ModelFields):
+    """All settings. Use `load_settings`, which turns mistakes into `ConfigError`.
+
+    Attributes:
+        cache_dir: where models and learned state are kept.
+        metal_device: index of the Metal device.
+        offline: never ask the network for anything.
+        model: a hub id, a path, or ``smollm2``.
+        backend: name of a registered backend.
+        plugin_allow, plugin_block: plugins by name; an allow list leaves out all others.
+        sampling: defaults of requests.
+        run: what ``ruvllm run --config`` does.
+        plugins: each plugin's own settings, by plugin name.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    cache_dir: Path = Path("~/.cache/ruvllm")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metal_device: int = Field(0, ge=0)
+    offline: bool = False
+    model: str = Field("smollm2", min_length=1)
+    backend: str = "candle"
+    plugin_allow: Names | None = None
+    plugin_block: Names = Field(default_factory=list)
+    sampling: SamplingFields = Field(default_factory=SamplingFields)
+    run: RunConfig = Field(default_factory=RunConfig)
+    plugins: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    def with_model_config(self, config: ModelConfig) -> Settings:
+        """A copy in which whatever `config` sets wins."""
+        return self.model_copy(update={name: getattr(config, name) for name in config.model_fields_set})
+
+
+def load_settings(file: Path | None = None, **flags: Any) -> Settings:
+    """Settings from `flags`, the environment, a TOML `file` and defaults, in this order of precedence.
+
+    Nested settings are merged key by key. Raises `ConfigError` naming the source, the key, and the nearest right key.
+    """
+    from_file = _read_toml(file) if file is not None else {}
+    if file is not None:
+        # On trial by itself, so that its mistakes are not taken for the environment's.
+        _validate(Settings, from_file, str(file))
+    _check_environment(os.environ)
+
+    class _Sources(BaseSettings, Settings):
+        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid")
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
+
+    try:
+        loaded = _Sources(**flags)
+    except ValidationError as error:
+        raise _explain(error, Settings, "flags and environment") from None
+    except SettingsError as error:
+        raise ConfigError(f"an environment variable {ENV_PREFIX}… cannot be read: {error}") from None
+    return Settings.model_construct(_fields_set=loaded.model_fields_set, **dict(loaded))
+
+
+def validate_options(model: type[BaseModel], values: Mapping[str, Any], plugin: str) -> BaseModel:
+    """A plugin's own settings through its own model. Raises `ConfigError`."""
+    return _validate(model, values, f"settings of plugin {plugin}", ("plugins", plugin))
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    return values
+
+
+def _check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse ``RUVLLM_*`` variables that no setting answers to: pydantic-settings would pass over them."""
+    for variable in environment:
+        if not variable.upper().startswith(ENV_PREFIX):
+            continue
+        path = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
+        known = _keys(Settings, path[:-1]) if path[0] != "plugins" else None
+        if path[0] not in Settings.model_fields:
+            path, known = path[:1], list(Settings.model_fields)
+        if known is not None and path[-1] not in known:
+            names = [ENV_PREFIX + "__".join((*path[:-1], key)).upper() for key in known]
+            raise ConfigError(f"no setting answers to the environment variable {variable}", hint=near(variable, names))
+
+
+def _keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """Field names of the model at `path` below `model`; empty where there is none."""
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _validate(
+    model: type[BaseModel], values: Mapping[str, Any], source: str, prefix: tuple[str, ...] = ()
+) -> BaseModel:
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise _explain(error, model, source, prefix) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], source: str, prefix: tuple[str, ...] = ()) -> ConfigError:
+    lines: list[str] = []
+    hint: str | None = None
+    for problem in error.errors():
+        location = problem["loc"]
+        name = ".".join(map(str, (*prefix, *location)))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"there is no setting {name}")
+            hint = hint or near(str(location[-1]), _keys(model, location[:-1]))
+        else:
+            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r})")
+    return ConfigError(f"{source}: " + "; ".join(dict.fromkeys(lines)), hint=hint)
