@@ -24,7 +24,7 @@ _TYPE_OF_DTYPE = {dtype: kind for kind, dtype in FIXED_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class TensorSource:
+class PendingTensor:
     """A tensor to be written, whose bytes are made only when their turn comes.
 
     Attributes:
@@ -44,7 +44,7 @@ class TensorSource:
         return SCHEMES[self.scheme].row_bytes(self.shape[-1]) * int(np.prod(self.shape[:-1], dtype=np.int64))
 
     @classmethod
-    def of(cls, name: str, tensor: QuantTensor) -> TensorSource:
+    def of(cls, name: str, tensor: QuantTensor) -> PendingTensor:
         """A source for a tensor that already exists."""
         return cls(name, tensor.shape, tensor.scheme, lambda: (tensor,))
 
@@ -52,7 +52,7 @@ class TensorSource:
 def write_gguf(
     path: str | Path,
     metadata: Mapping[str, Any],
-    tensors: Sequence[TensorSource],
+    tensors: Sequence[PendingTensor],
     *,
     types: Mapping[str, tuple[ValueType, ...]] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -100,7 +100,7 @@ def write_gguf(
 
 
 def _write_tensor(
-    path: Path, file: BinaryIO, tensor: TensorSource, alignment: int, progress: Callable[[int], None] | None
+    path: Path, file: BinaryIO, tensor: PendingTensor, alignment: int, progress: Callable[[int], None] | None
 ) -> None:
     written = 0
     for piece in tensor.chunks():
@@ -119,7 +119,7 @@ def _header(
     path: Path,
     metadata: Mapping[str, Any],
     types: Mapping[str, tuple[ValueType, ...]],
-    tensors: Sequence[TensorSource],
+    tensors: Sequence[PendingTensor],
     alignment: int,
 ) -> bytes:
     out = bytearray(MAGIC + _int(_VERSION, 4) + _int(len(tensors), 8) + _int(len(metadata), 8))
