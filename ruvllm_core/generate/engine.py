@@ -7,7 +7,7 @@ import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from ruvllm_core.errors import GenerationError, LearningError, PromptTooLong, RequestError, TemplateError
 from ruvllm_core.generate.answer import Answer, Item, Sink
@@ -139,7 +139,7 @@ class Engine:
         if not self._parts.loops:
             raise LearningError(
                 "no learning loop is running, so this feedback would be lost",
-                hint="install a plugin that offers one, and check that `learning` in the settings does not leave it out",
+                hint="install a plugin that offers one, and see that the setting `learning` does not leave it out",
             )
         for learning in self._parts.loops:
             self._worker.call(lambda learning=learning: learning.feedback(request_id, quality))  # type: ignore[misc]
@@ -161,8 +161,8 @@ class Engine:
                 return self._render([{"role": "user", "content": prompt}])
             return self.tokenizer.encode(prompt)
         if prompt and all(isinstance(part, Mapping) for part in prompt):
-            return self._render([dict(message) for message in prompt])  # type: ignore[call-overload]
-        return list(self._check_ids(prompt))  # type: ignore[arg-type]
+            return self._render([dict(cast(Message, message)) for message in prompt])
+        return list(self._check_ids(cast(Sequence[int], prompt)))
 
     def cache_stats(self) -> CacheStats:
         """What the key/value cache holds now."""

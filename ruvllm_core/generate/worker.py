@@ -105,9 +105,9 @@ class Worker:
             events = self._backend.step()
         except Exception as error:  # whatever a backend raises must reach those who wait for it
             _log.exception("a step failed", requests=len(self._answers))
-            for request_id, answer in list(self._answers.items()):
+            for request_id, waiting in list(self._answers.items()):
                 self._backend.cancel(request_id)
-                answer.fail(error)
+                waiting.fail(error)
             self._answers.clear()
             return
         for event in events:
