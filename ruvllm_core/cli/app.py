@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
     from ruvllm_core.registry import Registry
     from ruvllm_core.settings import Settings
+
+_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class App:
@@ -34,11 +38,14 @@ class App:
         if file != self._config:
             self._config, self._settings, self._registry = file, None, None
 
-    def override(self, **flags: Any) -> Settings:
-        """Put `flags` over the environment and the configuration file; those that are None say nothing."""
-        self._flags.update({name: value for name, value in flags.items() if value is not None})
+    def set(self, path: str, value: Any) -> None:
+        """Put `value` of the setting at a dotted `path` over the environment and the configuration file."""
+        level = self._flags
+        *parents, name = path.split(".")
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[name] = value
         self._settings = self._registry = None
-        return self.settings
 
     @property
     def settings(self) -> Settings:
@@ -86,32 +93,44 @@ class App:
 pass_app = click.make_pass_decorator(App)
 
 
-def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    app = ctx.find_root().ensure_object(App)
-    if param.name == "config" and value is not None:
-        app.use_config(value)
-    elif param.name == "log_level" and value is not None:
-        app.override(log_level=value)
-    elif param.name == "debug":
-        app.debug = app.debug or value
+def setting(path: str, *names: str, **attributes: Any) -> Callable[[_Command], _Command]:
+    """A decorator: an option whose value, if given, becomes the setting at `path`."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        if value is not None and value != ():
+            ctx.find_root().ensure_object(App).set(path, value)
+
+    return click.option(*names, expose_value=False, callback=remember, default=None, **attributes)
 
 
-def _option(*names: str, **attributes: Any) -> click.Option:
-    # Eager, so that `--config FILE --help` lists the commands of the plugins that FILE allows.
-    return click.Option(names, expose_value=False, is_eager=True, callback=_remember, **attributes)
+def _use_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        ctx.find_root().ensure_object(App).use_config(value)
 
 
-GLOBAL_OPTIONS = (
-    _option("--config", metavar="FILE", type=click.Path(path_type=Path), help="Settings in a TOML file."),
-    _option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="What to log, to stderr."),
-    _option("--debug", is_flag=True, help="Show the traceback of an error."),
-)
+def _use_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.find_root().ensure_object(App).debug |= value
+
+
+def global_options(command: _Command) -> _Command:
+    """The options that every command takes, before and after its name."""
+    # --config is eager, so that `--config FILE --help` lists the commands of the plugins that FILE allows.
+    file: dict[str, Any] = {"metavar": "FILE", "type": click.Path(path_type=Path), "help": "Settings in a TOML file."}
+    options = (
+        click.option("--debug", is_flag=True, expose_value=False, callback=_use_debug, help="Show tracebacks."),
+        setting("log_level", "--log-level", type=click.Choice(LOG_LEVELS), help="What to log, to stderr."),
+        click.option("--config", is_eager=True, expose_value=False, callback=_use_config, **file),
+    )
+    for option in options:
+        command = option(command)
+    return command
 
 
 def add_global_options(command: click.Command) -> click.Command:
-    """Have `command`, and all below it, take the global options it has not options of its own for."""
+    """Have `command`, and all below it, take the global options, but for those it has options of its own for."""
+    template = global_options(click.Command(None))
     taken = {name for parameter in command.params for name in parameter.opts}
-    command.params += [option for option in GLOBAL_OPTIONS if not taken & set(option.opts)]
+    command.params += [option for option in template.params if not taken & set(option.opts)]
     if isinstance(command, click.Group):
         for nested in command.commands.values():
             add_global_options(nested)

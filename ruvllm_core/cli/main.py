@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ruvllm_core import __version__
-from ruvllm_core.cli.app import GLOBAL_OPTIONS, App, add_global_options
+from ruvllm_core.cli.app import App, add_global_options, global_options
 from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError, near
 
 if TYPE_CHECKING:
@@ -98,12 +98,11 @@ def _absent(registry: Any) -> str:
 
 cli = CommandGroup(
     "ruvllm",
-    params=list(GLOBAL_OPTIONS),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="A local LLM engine made of plugins.",
     epilog="Settings: flags over environment RUVLLM_* over --config FILE over defaults.",
 )
-click.version_option(__version__, prog_name="ruvllm", message="%(prog)s %(version)s")(cli)
+global_options(click.version_option(__version__, prog_name="ruvllm", message="%(prog)s %(version)s")(cli))
 
 
 def main(args: Sequence[str] | None = None) -> None:
