@@ -10,7 +10,7 @@ import click
 
 from ruvllm_core.cli.batch import is_message
 from ruvllm_core.cli.options import read_text, sampling_params
-from ruvllm_core.errors import RequestError, RuvLLMError, near
+from ruvllm_core.errors import PromptTooLong, RequestError, near
 
 if TYPE_CHECKING:
     from ruvllm_core.generate.engine import Engine
@@ -59,18 +59,17 @@ class Chat:
 
     def _answer(self, messages: list[dict[str, str]]) -> None:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        stream = self._engine.stream(system + messages, sampling_params(self._settings, **self._changes))
+        params = sampling_params(self._settings, **self._changes)
         text = ""
         try:
+            stream = self._engine.stream(system + messages, params)
             for event in stream:
                 text += event.text
                 click.echo(event.text, nl=False)
         except KeyboardInterrupt:
             stream.cancel()
-        except RuvLLMError:
-            if text:
-                click.echo()
-            raise
+        except PromptTooLong as error:
+            raise PromptTooLong(error.message, hint="/clear forgets what was said; --max-context makes room") from None
         answer = stream.result()
         click.echo(answer.text[len(text) :])
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
