@@ -125,6 +125,13 @@ class ModelSpec:
     def scale(self) -> float:
         return self.attention_scale if self.attention_scale is not None else float(self.head_dim) ** -0.5
 
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied embeddings counted once."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        return self.num_layers * layer + self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+
     def window_of(self, layer: int) -> int | None:
         """The sliding window of `layer`, or None."""
         if self.sliding_window is None or (self.sliding_layers and not self.sliding_layers[layer]):

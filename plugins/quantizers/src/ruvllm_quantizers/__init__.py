@@ -1,0 +1,1 @@
+"""Quantizers for every GGUF scheme, the mixed recipes, and `ruvllm quantize`."""

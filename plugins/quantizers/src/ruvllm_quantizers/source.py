@@ -1,0 +1,66 @@
+"""`Source`: a model to be quantized, as GGUF metadata and tensors under GGUF names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruvllm_core.errors import FormatError
+from ruvllm_core.model.gguf import GGUFFile
+from ruvllm_core.model.gguf_parser import ValueType
+from ruvllm_core.model.quant import QuantTensor
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor that is read when its turn comes.
+
+    Attributes:
+        name: GGUF name.
+        shape: row-major.
+        scheme: how the source stores it.
+        load: returns it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    load: Callable[[], QuantTensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as GGUF sees it.
+
+    Attributes:
+        path: where it comes from.
+        metadata: of the file to be written, but for what depends on the quantization.
+        types: value types of `metadata` where they are to differ from what the writer infers.
+        tensors: in the order in which they are to be written.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: tuple[SourceTensor, ...]
+    types: Mapping[str, tuple[ValueType, ...]] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.metadata.get(f"{self.metadata.get('general.architecture')}.block_count", 0))
+
+
+def gguf_source(path: Path) -> Source:
+    """A GGUF file as a source. Raises what `GGUFFile.open` raises, and `FormatError` for one part of a split model."""
+    file = GGUFFile.open(path)
+    if file.get("split.count", int, 1) > 1:
+        raise FormatError(
+            f"{path} is one of {file.metadata['split.count']} parts of a model",
+            hint="merge the parts into one file first",
+        )
+    tensors = tuple(
+        SourceTensor(info.name, info.shape, info.scheme, lambda name=info.name: file.tensor(name))  # type: ignore[misc]
+        for info in file.tensors.values()
+    )
+    return Source(path, file.metadata, tensors, file.types)

@@ -1,0 +1,214 @@
+"""Strict reader for GGUF v2 and v3 files over a memory mapping.
+
+Nothing in the file is trusted: every length, count, offset, type and alignment is checked against what is left of the
+file before it is used, so a damaged or hostile file gives a `FormatError` and never a huge allocation, a hang, or a
+read outside the mapping. Tensor data stays on disk until somebody touches it.
+Source: the GGUF specification (docs/gguf.md of the GGML project).
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
+from ruvllm_core.model.dequant import count_non_finite
+from ruvllm_core.model.gguf_parser import (
+    DAMAGED,
+    DEFAULT_ALIGNMENT,
+    MAX_DIMS,
+    MAX_KEY,
+    MAX_NAME,
+    Parser,
+    ValueType,
+)
+from ruvllm_core.model.quant import SCHEME_OF_GGML_TYPE, SCHEMES, QuantTensor
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: as in the file, for example ``blk.0.attn_q.weight``.
+        shape: row-major, that is GGUF's dimensions reversed: a matrix is ``(rows, columns)``.
+        scheme: a key of `ruvllm_core.model.quant.SCHEMES`.
+        offset: bytes from the start of the file.
+        nbytes: encoded size.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    offset: int
+    nbytes: int
+
+
+class GGUFFile:
+    """An open GGUF file; make one with `GGUFFile.open`. Also a context manager.
+
+    Attributes:
+        path: the file.
+        version: 2 or 3.
+        metadata: scalars as Python values; arrays of numbers as numpy arrays; arrays of strings as ``list[str]``;
+            arrays of arrays as lists. Strings are decoded as UTF-8 with ``surrogateescape``, so
+            ``s.encode("utf-8", "surrogateescape")`` gives back the exact bytes even where they are not UTF-8.
+        types: the value type of every key; for an array, ``ARRAY`` followed by its element type. With `metadata` this
+            is what a writer needs to reproduce the metadata exactly.
+        alignment: of tensor data, in bytes.
+        tensors: by name, in the order of the file.
+    """
+
+    def __init__(self, path: Path, mapping: mmap.mmap | bytes) -> None:
+        """Parse `mapping`, the whole content of `path`. Raises `FormatError`."""
+        self.path = path
+        self._bytes = np.frombuffer(mapping, dtype=np.uint8)
+        parser = Parser(path, mapping)
+        self.version, tensor_count, metadata_count = parser.header()
+        self.metadata: dict[str, Any] = {}
+        self.types: dict[str, tuple[ValueType, ...]] = {}
+        for index in range(metadata_count):
+            parser.where = f"metadata entry {index}"
+            key = parser.name(MAX_KEY)
+            parser.where = f"metadata '{key}'"
+            if key in self.metadata:
+                parser.fail("the key occurs twice")
+            value_type = parser.value_type()
+            self.metadata[key], self.types[key] = parser.value(value_type)
+        self.alignment = self._read_alignment(parser)
+        self.tensors = _read_tensor_infos(parser, tensor_count, self.alignment)
+
+    @classmethod
+    def open(cls, path: str | Path) -> GGUFFile:
+        """Map and parse a file.
+
+        Raises:
+            ModelNotFound: there is no such file.
+            FormatError: the file breaks the rules of GGUF, or is not GGUF at all.
+            ModelError: the operating system refuses to read it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise ModelNotFound(f"{path} is a folder, not a GGUF file", hint="name the .gguf file inside it")
+        try:
+            with path.open("rb") as file:
+                if file.seek(0, 2) == 0:
+                    raise FormatError(f"{path} is empty", hint=DAMAGED)
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise ModelNotFound(f"no such file: {path}", hint="check the path for typing errors") from None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {path}: {error}", hint="check that it is a readable file") from error
+        return cls(path, mapping)
+
+    def tensor(self, name: str) -> QuantTensor:
+        """The tensor called `name` as a read-only view of the mapping; nothing is read yet.
+
+        Raises:
+            FormatError: there is no such tensor.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise FormatError(
+                f"{self.path} has no tensor '{name}'",
+                hint="the file is of another model family, or was made by a converter that this version does not know",
+            )
+        row_bytes = SCHEMES[info.scheme].row_bytes(info.shape[-1])
+        data = self._bytes[info.offset : info.offset + info.nbytes].reshape(-1, row_bytes)
+        return QuantTensor(info.scheme, info.shape, data)
+
+    def check_scales(self, name: str) -> None:
+        """Raise `FormatError` if block scales (or, in float tensors, values) of tensor `name` are NaN or infinite.
+
+        Reads only the scales, so it is far cheaper than dequantizing.
+        """
+        if bad := count_non_finite(self.tensor(name)):
+            info = self.tensors[name]
+            what = "values" if SCHEMES[info.scheme].block_size == 1 else "block scales"
+            raise FormatError(f"{self.path}: tensor '{name}' ({info.scheme}) has {bad} {what} NaN or inf", hint=DAMAGED)
+
+    def require(self, key: str, kind: type[T]) -> T:
+        """The metadata value of `key`, which must exist and be a `kind`: int, float (an int will do), str, bool, list,
+        or ``np.ndarray``.
+
+        Raises:
+            FormatError: the key is missing or its value is of another type; says which was expected and found.
+        """
+        if key not in self.metadata:
+            raise FormatError(
+                f"{self.path} lacks the metadata key '{key}' ({kind.__name__})",
+                hint="the file is of another model family, or was made by an old converter: convert the model again",
+            )
+        value = self.metadata[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            found = " of ".join(t.name.lower() for t in self.types[key])
+            raise FormatError(f"{self.path}: metadata '{key}' should be {kind.__name__}, found {found}", hint=DAMAGED)
+        return value
+
+    def get(self, key: str, kind: type[T], default: D) -> T | D:
+        """Like `require`, but `default` when the key is missing. A value of the wrong type is still an error."""
+        return self.require(key, kind) if key in self.metadata else default
+
+    def close(self) -> None:
+        """Let go of the mapping. Safe while tensors are in use: the last view to die unmaps the file."""
+        self._bytes = np.empty(0, dtype=np.uint8)
+        self.tensors = {}
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _read_alignment(self, parser: Parser) -> int:
+        parser.where = "metadata 'general.alignment'"
+        alignment = self.get("general.alignment", int, DEFAULT_ALIGNMENT)
+        if alignment < 8 or alignment & (alignment - 1):
+            parser.fail(f"{alignment} is not a power of two of at least 8")
+        return alignment
+
+
+def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, TensorInfo]:
+    infos: dict[str, TensorInfo] = {}
+    for index in range(count):
+        parser.where = f"tensor {index}"
+        name = parser.name(MAX_NAME)
+        parser.where = f"tensor '{name}'"
+        if name in infos:
+            parser.fail("the name occurs twice")
+        if not 1 <= (num_dims := parser.u32()) <= MAX_DIMS:
+            parser.fail(f"{num_dims} dimensions, expected 1 to {MAX_DIMS}")
+        shape = tuple(parser.u64() for _ in range(num_dims))[::-1]
+        scheme = SCHEME_OF_GGML_TYPE.get(number := parser.u32())
+        if scheme is None:
+            known = ", ".join(SCHEMES)
+            parser.fail(f"GGML type {number} is not supported", f"use a file quantized with one of {known}")
+        if 0 in shape or shape[-1] % scheme.block_size:
+            parser.fail(f"shape {shape} does not suit {scheme.name}: rows must fill blocks of {scheme.block_size}")
+        nbytes = shape[-1] // scheme.block_size * scheme.block_bytes
+        for size in shape[:-1]:
+            nbytes *= size  # Python integers do not overflow; the bound is checked below
+        offset = parser.u64()
+        if offset % alignment:
+            parser.fail(f"offset {offset} is not a multiple of the alignment {alignment}")
+        infos[name] = TensorInfo(name, shape, scheme.name, offset, nbytes)
+    data_start = -(-parser.position // alignment) * alignment
+    previous, free = "", 0
+    for info in sorted(infos.values(), key=lambda i: i.offset):
+        parser.where = f"tensor '{info.name}'"
+        if info.offset < free:
+            parser.fail(f"overlaps tensor '{previous}'")
+        previous, free = info.name, info.offset + info.nbytes
+        if data_start + free > parser.end:
+            parser.fail(f"its data end at byte {data_start + free}, but the file at {parser.end}")
+    return {i.name: TensorInfo(i.name, i.shape, i.scheme, data_start + i.offset, i.nbytes) for i in infos.values()}
