@@ -15,7 +15,7 @@ async def answer(engine: Engine, prompt: str) -> str:
 async def main() -> None:
     with Engine.load("smollm2") as engine:
         answers = await asyncio.gather(*(answer(engine, prompt) for prompt in PROMPTS))
-    for prompt, text in zip(PROMPTS, answers):
+    for prompt, text in zip(PROMPTS, answers, strict=True):
         print(f"{prompt}\n  {text}\n")
 
 
