@@ -112,7 +112,7 @@ class EagerDecoder:
         self._embed = prepare([weights["embed"]])
         self._head = self._embed if spec.tied_embeddings else prepare([weights["lm_head"]])
         self._final_norm = self._vector(weights, "final_norm")
-        
+
         for name, parts in _FUSED.items():
             start, self._sites[name] = 0, []
             for part in parts:
