@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ruvllm_core.decode.kv import KVStorage, KVView, Segment
+from ruvllm_core.decode.kv import KVStorage, KVView, Segment, bytes_per_token
 from ruvllm_core.decode.memory import require_memory
 from ruvllm_core.errors import CacheFull, ConfigError
 from ruvllm_core.protocols import CacheContext, CacheStats
@@ -34,8 +34,7 @@ class ContiguousCache:
         scheme = decoder.kv_schemes[0] if precision == "auto" else precision
         if scheme not in decoder.kv_schemes:
             raise ConfigError(f"cache.precision {scheme}: this decoder has {', '.join(decoder.kv_schemes)}")
-        spec, size = context.spec, {"f32": 4}.get(scheme, 2)
-        per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * size
+        per_token = bytes_per_token(context.spec, scheme)
         require_memory(
             per_token * context.max_context * context.max_sequences,
             f"keys and values of {context.max_sequences} × {context.max_context} tokens",

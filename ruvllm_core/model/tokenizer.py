@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruvllm_core.errors import ModelNotFound, TokenizerError
 from ruvllm_core.model.codec import Codec
 from ruvllm_core.model.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from ruvllm_core.settings import Settings
 
 # Special tokens that end a turn or a text in the models that have them, whatever else the files say.
 TURN_ENDS = (
@@ -72,12 +75,13 @@ class Tokenizer:
                 )
 
     @classmethod
-    def load(cls, ref: str | Path) -> Tokenizer:
+    def load(cls, ref: str | Path, settings: Settings | None = None) -> Tokenizer:
         """The tokenizer of a model; reads no weights.
 
         Args:
             ref: a ``.gguf`` file, a folder with ``tokenizer.json`` or ``tokenizer.model``, or a name that
                 `ruvllm_core.model.hub` knows.
+            settings: where downloads are kept; read from the environment if not given.
 
         Raises:
             ModelNotFound: there is no such file, folder, or name.
@@ -93,8 +97,9 @@ class Tokenizer:
         if isinstance(ref, Path):
             raise ModelNotFound(f"no file or folder {path}", hint="check the path")
         from ruvllm_core.model.hub import resolve_tokenizer_files
+        from ruvllm_core.settings import load_settings
 
-        return cls.load(Path(resolve_tokenizer_files(ref)))
+        return cls.load(resolve_tokenizer_files(ref, settings or load_settings()))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], name: str) -> Tokenizer:
