@@ -65,7 +65,7 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not int or abs(value) >= 2**53:
-            raise self._wrong(name, "an integer of sensible size", value)
+            raise self._wrong(name, "an integer", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -33,6 +33,15 @@ def test_llama2(oracle: Any, sizes: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(), LlamaConfig(hidden_size=512, num_hidden_layers=3, attention_bias=True, mlp_bias=True, head_dim=96)],
+    ids=["llama-2-7b", "biases"],
+)
+def test_names_and_sizes(check_names: Any, config: LlamaConfig) -> None:
+    check_names(config, "llama")
+
+
+@pytest.mark.parametrize(
     "rope",
     [
         LLAMA3,
@@ -94,6 +103,25 @@ def test_gguf_rope_scaling(oracle: Any, sizes: Any, tmp_path: Any, kind: str) ->
         "llama.rope.scaling.type": kind,
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 32,
+    }
+    made.check(made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=True)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("yarn_attn_factor", 1.3, 1.3), ("attn_factor", 1.1, 1.1 * (0.1 * np.log(4.0) + 1.0))],
+)
+def test_gguf_yarn_factors(oracle: Any, sizes: Any, tmp_path: Any, key: str, value: float, expected: float) -> None:
+    rope = {**YARN, "attention_factor": float(expected), "beta_fast": 16.0, "beta_slow": 2.0}
+    made = oracle(LlamaConfig(**sizes, rope_parameters=rope))
+    metadata = {
+        "general.architecture": "llama",
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 32,
+        "llama.rope.scaling.yarn_beta_fast": 16.0,
+        "llama.rope.scaling.yarn_beta_slow": 2.0,
+        f"llama.rope.scaling.{key}": value,
     }
     made.check(made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=True)))
 
