@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ruvllm_core.model.quant import SCHEMES
+from ruvllm_core.model.spec import ModelSpec
+
 
 @dataclass(eq=False)
 class KVStorage:
@@ -57,3 +60,8 @@ class KVView:
 
     segments: list[Segment]
     slots: npt.NDArray[np.int64]
+
+
+def bytes_per_token(spec: ModelSpec, scheme: str) -> int:
+    """Bytes that keys and values of one token take in all layers, in a float scheme."""
+    return 2 * spec.num_layers * spec.num_kv_heads * SCHEMES[scheme].row_bytes(spec.head_dim)

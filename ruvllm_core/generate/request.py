@@ -123,10 +123,11 @@ class TokenEvent:
     Attributes:
         finish_reason: set on a request's last event.
         token_id: None on an event that only ends a request (an error).
-        logprob: natural log-probability under the distribution sampled from, if asked for.
+        logprob: natural log-probability after penalties and bias, at temperature 1, if asked for.
         top_logprobs: the most likely tokens with theirs, if asked for.
         hidden: float32 ``[C]``, the state whose logits this token was drawn from, before any adapter; if asked for.
         cached_tokens: prompt tokens that needed no computing; on the first event.
+        prefill_s: seconds from when work on the request began; on the first event.
         error: why the request failed.
     """
 
@@ -137,6 +138,7 @@ class TokenEvent:
     top_logprobs: Mapping[int, float] | None = None
     hidden: npt.NDArray[np.float32] | None = None
     cached_tokens: int = 0
+    prefill_s: float = 0.0
     error: Exception | None = None
 
 
@@ -202,7 +204,7 @@ class Trajectory:
     """All that learning gets to see of a finished request.
 
     Attributes:
-        logprobs: float32 ``[n]`` of the generated tokens under the distribution sampled from, or None.
+        logprobs: float32 ``[n]`` of the generated tokens after penalties and bias, at temperature 1, or None.
         hidden: float32 ``[n, C]``, the state each token was drawn from, before any adapter, or None.
         adapter_version: of the adapter it ran with, or None for the base model.
     """

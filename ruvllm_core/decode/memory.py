@@ -1,0 +1,37 @@
+"""How much memory there is for this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from ruvllm_core.errors import OutOfMemoryError
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping: of the machine, or of the control group if that has less."""
+    available = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = ((_CGROUP / name).read_text().strip() for name in (limit_file, usage_file))
+        except OSError:
+            continue
+        if limit.isdigit():
+            available = min(available, max(0, int(limit) - int(usage)))
+    return available
+
+
+def require_memory(needed: int, purpose: str, remedy: str = "") -> None:
+    """Raise `OutOfMemoryError` if `needed` bytes for `purpose` are more than there are."""
+    available = available_memory()
+    if needed > available:
+        raise OutOfMemoryError(
+            f"{purpose} need {needed / 2**30:.2f} GiB, but only {available / 2**30:.2f} GiB are available",
+            hint=remedy or "use a smaller model or a smaller arithmetic type, or close other programs",
+        )

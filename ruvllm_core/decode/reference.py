@@ -1,0 +1,216 @@
+"""Reference operations in PyTorch: any device that PyTorch runs on, and the oracle for every other provider."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ruvllm_core.decode.kv import KVView, Segment
+from ruvllm_core.decode.ops import AttentionInput, Ops
+from ruvllm_core.errors import ConfigError
+from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.spec import ModelSpec
+from ruvllm_core.protocols import Decoder, DecoderOptions, Weights
+
+_TORCH_OF_SCHEME = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TorchKernels:
+    """Kernel provider over PyTorch's own operations; the eager decoder does the rest.
+
+    Args:
+        options: `device` may be ``cpu``, ``cuda[:N]`` or ``mps``; ``auto`` takes CUDA, then Metal, then the CPU.
+
+    Raises `ConfigError` for a device that this PyTorch cannot use.
+    """
+
+    def __init__(self, options: DecoderOptions) -> None:
+        self.device = pick_device(options)
+
+    def ops(self) -> Mapping[str, Callable[..., Any]]:
+        return {}
+
+    def decoder(self, spec: ModelSpec, weights: Weights, options: DecoderOptions) -> Decoder | None:
+        return None
+
+
+def pick_device(options: DecoderOptions) -> str:
+    """The PyTorch device that `options` ask for. Raises `ConfigError` if it is not there."""
+    cuda, metal = torch.cuda.is_available(), torch.backends.mps.is_available()
+    wanted = options.device
+    if wanted == "auto":
+        wanted = "cuda" if cuda else "mps" if metal else "cpu"
+    if wanted.startswith("cuda"):
+        if not cuda:
+            raise ConfigError("device cuda: this PyTorch has no CUDA device", hint="use device cpu or auto")
+        index = int(wanted[5:]) if ":" in wanted else 0
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        return f"cuda:{index}"
+    if wanted == "mps":
+        if not metal:
+            raise ConfigError("device mps: this PyTorch has no Metal device", hint="use device cpu or auto")
+        return f"mps:{options.device_index}"
+    return "cpu"
+
+
+def reference_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """Every operation of `Ops`, computing in `dtype` on `device`."""
+
+    def prepare(tensors: Sequence[QuantTensor]) -> Tensor:
+        return dense(tensors, device, dtype)
+
+    return Ops(
+        prepare=prepare,
+        linear=F.linear,
+        embed=lambda weight, tokens: F.embedding(tokens, weight),
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        rope=rope,
+        kv_append=kv_append,
+        attention=attention,
+        gated=gated,
+    )
+
+
+def dense(tensors: Sequence[QuantTensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Tensors of equal width, dequantized and stacked by rows. A single float tensor of `dtype` stays in its file."""
+    from ruvllm_core.model.dequant import dequantize
+
+    first = tensors[0]
+    if len(tensors) == 1 and _TORCH_OF_SCHEME.get(first.scheme) == dtype and device.type == "cpu":
+        with warnings.catch_warnings():  # the mapping is read-only, which PyTorch cannot express
+            warnings.simplefilter("ignore", UserWarning)
+            flat = torch.from_numpy(first.data.reshape(-1))
+        if flat.data_ptr() % dtype.itemsize == 0:
+            return flat.view(dtype).view(first.shape)
+    shape = first.shape if len(first.shape) == 1 else (sum(t.shape[0] for t in tensors), first.columns)
+    values = torch.empty(shape, dtype=torch.float32)
+    row = 0
+    for tensor in tensors:
+        part = values.view(-1) if len(shape) == 1 else values[row : row + tensor.shape[0]]
+        dequantize(tensor, out=part.numpy())
+        row += tensor.shape[0]
+    return values.to(device=device, dtype=dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    # In float32 whatever the dtype: the mean of squares overflows half precision.
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    width = 2 * cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    rotated, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = rotated.chunk(2, -1)
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(halves, -1).flatten(-2) if interleaved else torch.cat(halves, -1)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def kv_append(view: KVView, layer: int, key: Tensor, value: Tensor) -> None:
+    storage = view.segments[-1].storage
+    block, offset = np.divmod(view.slots, storage.block_size)
+    for target, new in ((storage.keys[layer], key), (storage.values[layer], value)):
+        if len(block) == 1:
+            target[block[0], :, offset[0]] = new[0]
+        else:
+            rows = torch.from_numpy(block).to(target.device), torch.from_numpy(offset).to(target.device)
+            target[rows[0], :, rows[1]] = new.to(target.dtype)
+
+
+def attention(call: AttentionInput) -> Tensor:
+    """Causal attention of each sequence over its segments, grouped queries sharing their key/value head."""
+    parts = []
+    for b, position in enumerate(call.positions):
+        query = call.query[call.cu_q[b] : call.cu_q[b + 1]]
+        spans = [span for segment in call.view.segments if (span := _span(call, segment, b, position)) is not None]
+        parts.append(_attend(query, spans, position, call))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _span(call: AttentionInput, segment: Segment, b: int, position: int) -> tuple[Tensor, Tensor, int] | None:
+    """Keys and values ``[K, L, D]`` of sequence b in a segment, and the position of the first; None if out of sight."""
+    length, start = int(segment.lengths[b]), int(segment.starts[b])
+    skip = 0 if call.window is None else max(0, position - call.window + 1 - start)
+    if skip >= length:
+        return None
+    storage, found = segment.storage, []
+    for stored in (storage.keys[call.layer], storage.values[call.layer]):
+        if length <= storage.block_size:
+            run = stored[int(segment.block_table[b, 0]), :, skip:length]
+        else:
+            blocks = torch.from_numpy(segment.block_table[b, : -(-length // storage.block_size)]).to(stored.device)
+            run = stored[blocks].transpose(0, 1).flatten(1, 2)[:, skip:length]
+        found.append(run.to(call.query.dtype))
+    return found[0], found[1], start + skip
+
+
+def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: int, call: AttentionInput) -> Tensor:
+    """Online softmax over spans (arXiv 2205.14135): ``query [n, H, D] -> [n, H, D]``."""
+    count, heads, dim = query.shape
+    kv_heads = spans[0][0].shape[0]
+    group = heads // kv_heads
+    if len(spans) == 1 and call.softcap is None and count > 1:
+        key, value, start = spans[0]
+        mask = _mask(count, key.shape[1], position, start, call.window, query.device)
+        key, value = (run.repeat_interleave(group, 0)[None] for run in (key, value))
+        out = F.scaled_dot_product_attention(query.transpose(0, 1)[None], key, value, attn_mask=mask, scale=call.scale)
+        return out[0].transpose(0, 1)
+    # One small matrix product a key/value head: its queries are the rows.
+    rows = query.view(count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
+    best: Tensor | None = None
+    for key, value, start in spans:
+        scores = (rows @ key.transpose(1, 2)).float() * call.scale
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        if count > 1:
+            mask = _mask(count, key.shape[1], position, start, call.window, query.device)
+            scores = scores.masked_fill(~mask.repeat(group, 1), -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        if best is not None:
+            top = torch.maximum(top, best)
+        finite = torch.where(top == -torch.inf, 0.0, top)
+        weights = torch.exp(scores - finite)
+        part = (weights.to(value.dtype) @ value).float()
+        if best is None:
+            total, mixed = weights.sum(-1, keepdim=True), part
+        else:
+            fade = torch.exp(best - finite)
+            total, mixed = total * fade + weights.sum(-1, keepdim=True), mixed * fade + part
+        best = top
+    out = (mixed / total).to(query.dtype).view(kv_heads, group, count, dim)
+    return out.permute(2, 0, 1, 3).reshape(count, heads, dim)
+
+
+def _mask(count: int, length: int, position: int, start: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool ``[count, length]``: which key each query may see."""
+    distance = torch.arange(position, position + count, device=device)[:, None] - torch.arange(
+        start, start + length, device=device
+    )
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)

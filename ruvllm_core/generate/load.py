@@ -1,0 +1,185 @@
+"""From settings to running parts: model, decoder, cache, backend, learning loops. Every choice is logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ruvllm_core.decode.kv import bytes_per_token
+from ruvllm_core.decode.memory import available_memory
+from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError
+from ruvllm_core.log import get_logger
+from ruvllm_core.model.hub import resolve
+from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
+from ruvllm_core.model.spec import ModelSpec
+from ruvllm_core.model.tokenizer import Tokenizer
+from ruvllm_core.protocols import (
+    Backend,
+    BackendContext,
+    CacheContext,
+    Decoder,
+    DecoderOptions,
+    KVCachePolicy,
+    LearningContext,
+    LearningLoop,
+)
+from ruvllm_core.registry import Registry
+from ruvllm_core.settings import Settings
+
+_log = get_logger("load")
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was loaded, and which parts were chosen.
+
+    Attributes:
+        model: as it was asked for.
+        path: the file or folder it came from.
+        scheme: the scheme of most of its weights.
+        kernels: the provider that computes, and on which device.
+        cache: the policy that keeps keys and values.
+        learning: names of the loops.
+        load_s: seconds from start to ready.
+    """
+
+    model: str
+    path: Path
+    architecture: str
+    scheme: str
+    backend: str
+    kernels: str
+    device: str
+    cache: str
+    max_context: int
+    learning: tuple[str, ...]
+    load_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """All that an engine is made of; `new_cache` makes a cache of its own for a number of sequences."""
+
+    info: EngineInfo
+    model: ModelFile
+    tokenizer: Tokenizer
+    decoder: Decoder
+    new_cache: Callable[[int], KVCachePolicy]
+    backend: Backend
+    loops: tuple[LearningLoop, ...]
+
+
+def load_parts(settings: Settings, registry: Registry) -> Parts:
+    """Load what `settings` ask for. Raises whatever part of `RuvLLMError` says why it cannot be."""
+    started = time.perf_counter()
+    registry.check_settings()
+    # Names first: a misspelt one is found before gigabytes are read.
+    backend_entry = registry.entry("backends", settings.backend)
+    policy = registry.load("cache_policies", settings.cache.policy)
+    quantizer = registry.load("quantizers", settings.quantization) if settings.quantization else None
+    model = open_model(resolve(settings.model, settings), registry)
+    tokenizer = model.tokenizer()
+    if quantizer is not None:
+        quantize_weights(model, quantizer)
+    max_context = _max_context(model.spec, settings)
+    decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
+
+    def new_cache(max_sequences: int) -> KVCachePolicy:
+        made: KVCachePolicy = policy(CacheContext(model.spec, decoder, settings.cache, max_context, max_sequences))
+        return made
+
+    options = registry.options(backend_entry.plugin)
+    backend: Backend = registry.load("backends", settings.backend)(
+        BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options)
+    )
+    loops = _learning_loops(settings, registry, model, decoder)
+    info = EngineInfo(
+        model=settings.model,
+        path=model.path,
+        architecture=model.spec.architecture,
+        scheme=model.scheme,
+        backend=settings.backend,
+        kernels=kernels,
+        device=device,
+        cache=settings.cache.policy,
+        max_context=max_context,
+        learning=tuple(loops),
+        load_s=time.perf_counter() - started,
+    )
+    _log.info("loaded", **{name: str(value) for name, value in vars(info).items()})
+    return Parts(info, model, tokenizer, decoder, new_cache, backend, tuple(loops.values()))
+
+
+def _choose_decoder(
+    model: ModelFile, settings: Settings, registry: Registry, max_context: int
+) -> tuple[Decoder, str, str]:
+    """The first kernel provider that can run this model; why others could not is logged, or raised if asked for."""
+    options = DecoderOptions(
+        dtype=settings.dtype,
+        device=settings.device,
+        device_index=settings.metal_device,
+        threads=settings.threads,
+        max_context=max_context,
+    )
+    automatic = settings.kernels == "auto"
+    names = [entry.name for entry in registry.entries("kernels")] if automatic else list(settings.kernels)
+    reasons: list[str] = []
+    for name in names:
+        entry = registry.entry("kernels", name)
+        try:
+            if reason := entry.reason():
+                raise PluginError(reason)
+            provider = entry.load()(options)
+            decoder: Decoder | None = provider.decoder(model.spec, model.weights, options)
+            if decoder is None:
+                # PyTorch is imported here, where it is needed, and not where a native decoder needs none.
+                from ruvllm_core.decode.decoder import EagerDecoder
+
+                decoder = EagerDecoder(model.spec, model.weights, provider, options)
+        except RuvLLMError as error:
+            if len(names) == 1:
+                raise
+            _log.warning("kernels passed over", name=name, reason=str(error))
+            reasons.append(f"{name}: {error}")
+            continue
+        _log.info("kernels chosen", name=name, device=provider.device, passed_over=reasons)
+        return decoder, name, provider.device
+    raise PluginError("no kernels can run this model: " + "; ".join(reasons or ["none is installed"]))
+
+
+def _max_context(spec: ModelSpec, settings: Settings) -> int:
+    """The longest sequence: as asked for, else the model's own limit, else what half of the memory can hold."""
+    if settings.max_context is not None:
+        if settings.max_context > spec.max_context:
+            raise ConfigError(
+                f"max_context {settings.max_context} is more than this model's {spec.max_context}",
+                hint="set max_context to the model's limit or less, or leave it out",
+            )
+        return settings.max_context
+    fits = available_memory() // 2 // bytes_per_token(spec, "f32")
+    if fits >= spec.max_context:
+        return spec.max_context
+    _log.warning("context lowered to what half of the memory holds", model=spec.max_context, lowered=fits)
+    return max(fits, 1)
+
+
+def _learning_loops(
+    settings: Settings, registry: Registry, model: ModelFile, decoder: Decoder
+) -> dict[str, LearningLoop]:
+    if settings.learning == "auto":
+        names = [entry.name for entry in registry.entries("learning_loops") if entry.reason() is None]
+    else:
+        names = list(settings.learning)
+    loops: dict[str, LearningLoop] = {}
+    for name in names:
+        context = LearningContext(
+            spec=model.spec,
+            decoder=decoder,
+            model=settings.model,
+            state_dir=settings.cache_dir / "learning" / name,
+            options=registry.options(registry.entry("learning_loops", name).plugin),
+        )
+        loops[name] = registry.load("learning_loops", name)(context)
+    return loops

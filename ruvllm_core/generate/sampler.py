@@ -1,0 +1,151 @@
+"""From logits to a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ruvllm_core.errors import GenerationError, RequestError
+from ruvllm_core.generate.request import SamplingFields
+
+FloatArray = npt.NDArray[np.float32]
+_HEAD = 1024
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A drawn token; the log-probabilities are those of the model after penalties and bias, at temperature 1."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """The truncated, tempered distribution a token is drawn from: `ids` by falling `probabilities` (float64)."""
+
+    ids: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+
+    def draw(self, uniform: float) -> int:
+        """The token at `uniform` in ``[0, 1)`` of the cumulative distribution."""
+        cumulative = np.cumsum(self.probabilities)
+        return int(
+            self.ids[min(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(self.ids) - 1)]
+        )
+
+
+class Sampler:
+    """Draws the tokens of one request; keeps its random state and what its penalties count.
+
+    Filters come in the order of Hugging Face's: penalties, bias, temperature, top-k, top-p, min-p.
+
+    Args:
+        params: how to sample.
+        prompt_ids: the repetition penalty counts them too.
+        vocab_size: V. Raises `RequestError` if the logit bias names a token beyond it.
+    """
+
+    def __init__(self, params: SamplingFields, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self._params = params
+        self._random = np.random.Generator(np.random.Philox(params.seed))
+        self._counts: npt.NDArray[np.int32] | None = None
+        self._seen: npt.NDArray[np.bool_] | None = None
+        if params.frequency_penalty or params.presence_penalty:
+            self._counts = np.zeros(vocab_size, dtype=np.int32)
+        if params.repetition_penalty != 1.0:
+            self._seen = np.zeros(vocab_size, dtype=bool)
+            self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
+        self._bias_ids = np.fromiter(params.logit_bias, dtype=np.int64, count=len(params.logit_bias))
+        self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32, count=len(params.logit_bias))
+        if self._bias_ids.size and not 0 <= int(self._bias_ids.min()) <= int(self._bias_ids.max()) < vocab_size:
+            raise RequestError(f"logit_bias names a token outside the vocabulary of {vocab_size}")
+
+    def sample(self, logits: FloatArray) -> Sampled:
+        """Draw a token from ``[V]`` logits and count it. Raises `GenerationError` if no token is possible."""
+        adjusted = self.adjust(logits)
+        if not np.isfinite(adjusted.max()):  # the maximum of anything with a NaN in it is NaN
+            raise GenerationError("the model's logits are NaN, infinite, or leave no token to choose")
+        if self._params.temperature == 0.0:
+            token = int(np.argmax(adjusted))
+        else:
+            token = self.distribution(adjusted).draw(float(self._random.random()))
+        sampled = self._describe(adjusted, token) if self._params.logprobs is not None else Sampled(token)
+        self.count(token)
+        return sampled
+
+    def count(self, token: int) -> None:
+        """Let the penalties know of a generated token."""
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen[token] = True
+
+    def adjust(self, logits: FloatArray) -> FloatArray:
+        """Logits after penalties and bias; the same array if there are none."""
+        params = self._params
+        if self._seen is None and self._counts is None and not self._bias_ids.size:
+            return logits
+        adjusted = logits.copy()
+        if self._seen is not None:
+            seen = adjusted[self._seen]
+            penalty = np.float32(params.repetition_penalty)
+            adjusted[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        if self._counts is not None:
+            adjusted -= np.float32(params.frequency_penalty) * self._counts
+            adjusted -= np.float32(params.presence_penalty) * (self._counts > 0)
+        adjusted[self._bias_ids] += self._bias
+        return adjusted
+
+    def distribution(self, adjusted: FloatArray) -> Distribution:
+        """What a token is drawn from, for a temperature above 0; `adjusted` comes from `adjust`."""
+        params = self._params
+        scaled = adjusted.astype(np.float64) / params.temperature
+        ids = self._most_likely(scaled)
+        weights = np.exp(scaled[ids] - scaled[ids[0]])
+        if params.top_k and params.top_k < len(ids):
+            ids, weights = ids[: params.top_k], weights[: params.top_k]
+        total = float(weights.sum()) if params.top_k else float(np.exp(scaled - scaled[ids[0]]).sum())
+        if params.top_p < 1.0:
+            before = np.cumsum(weights) - weights
+            keep = int(np.count_nonzero(before < params.top_p * total))
+            ids, weights = ids[: max(keep, 1)], weights[: max(keep, 1)]
+        if params.min_p > 0.0:
+            keep = int(np.count_nonzero(weights >= params.min_p))
+            ids, weights = ids[: max(keep, 1)], weights[: max(keep, 1)]
+        return Distribution(ids, weights / weights.sum())
+
+    def _most_likely(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """Token ids by falling score: all that any filter can keep, and no more sorted than needed."""
+        params, size = self._params, len(scaled)
+        take = min(params.top_k, size) if params.top_k else size
+        if not params.top_k and size > _HEAD and (params.top_p < 1.0 or params.min_p > 0.0):
+            weights = np.exp(scaled - scaled.max())
+            head = np.argpartition(scaled, size - _HEAD)[size - _HEAD :]
+            # Enough if the nucleus, or everything likely enough, lies in the head.
+            if weights[head].sum() >= params.top_p * weights.sum() or weights[head].min() < params.min_p:
+                return _descending(scaled, head)
+        if take < size:
+            return _descending(scaled, np.argpartition(scaled, size - take)[size - take :])
+        return _descending(scaled, np.arange(size))
+
+    def _describe(self, adjusted: FloatArray, token: int) -> Sampled:
+        wide = adjusted.astype(np.float64)
+        top = wide.max()
+        log_probabilities = wide - top - np.log(np.exp(wide - top).sum())
+        count = self._params.logprobs or 0
+        if not count:
+            return Sampled(token, float(log_probabilities[token]))
+        first = max(0, len(wide) - count)
+        head = _descending(wide, np.argpartition(wide, first)[first:])
+        return Sampled(token, float(log_probabilities[token]), {int(i): float(log_probabilities[i]) for i in head})
+
+
+def _descending(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+    """`ids` by falling score, ties by id, so that the order never depends on how they were found."""
+    ordered: npt.NDArray[np.int64] = ids[np.lexsort((ids, -scores[ids]))].astype(np.int64)
+    return ordered

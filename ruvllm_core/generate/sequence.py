@@ -1,0 +1,118 @@
+"""A request while it runs, and the one way in which backends run a batch of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from ruvllm_core.decode.batch import Batch
+from ruvllm_core.decode.lora import apply_final
+from ruvllm_core.errors import CacheFull, GenerationError
+from ruvllm_core.generate.request import FinishReason, Request, TokenEvent
+from ruvllm_core.generate.sampler import Sampler
+from ruvllm_core.model.spec import ModelSpec
+from ruvllm_core.protocols import Decoder, FloatArray, KVCachePolicy
+
+
+class Sequence:
+    """What a backend keeps of a running request.
+
+    Attributes:
+        token_ids: prompt and answer so far.
+        computed: how many of them have their keys and values in the cache.
+        rope_variant: the table of rotary frequencies all its keys use.
+
+    Raises `CacheFull` if the cache cannot take it.
+    """
+
+    def __init__(self, request: Request, cache: KVCachePolicy, spec: ModelSpec) -> None:
+        self.request = request
+        self.token_ids = list(request.prompt_ids)
+        self.rope_variant = spec.rope_variant(request.capacity)
+        self.sampler = Sampler(request.params, request.prompt_ids, spec.vocab_size)
+        self.started = time.perf_counter()
+        self.cached = self.computed = cache.open(request.id, self.token_ids, request.capacity, request.cache_key)
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed before the next one can be drawn."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    def accept(self, token: int) -> FinishReason | None:
+        """Append a drawn token; why it is the last one, if it is."""
+        self.token_ids.append(token)
+        if token in self.request.stop_ids and not self.request.params.ignore_eos:
+            return "stop"
+        return "length" if self.generated >= self.request.max_new_tokens else None
+
+
+def run_batch(decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> list[TokenEvent]:
+    """Compute the next `count` tokens of each sequence; draw one more for each that is then up to date.
+
+    A sequence for which the cache has no room fails alone: its event carries the error.
+    """
+    events: list[TokenEvent] = []
+    running: list[tuple[Sequence, int]] = []
+    for sequence, count in work:
+        try:
+            cache.extend(sequence.request.id, count)
+            running.append((sequence, count))
+        except CacheFull as error:
+            events.append(TokenEvent(sequence.request.id, None, "error", error=error))
+    if not running:
+        return events
+    batch = make_batch(cache, running)
+    hidden = decoder.forward(batch)
+    drawing: list[Sequence] = []
+    for sequence, count in running:
+        cache.commit(sequence.request.id)
+        sequence.computed += count
+        if not sequence.pending:
+            drawing.append(sequence)
+    if not drawing:
+        return events
+    logits = decoder.logits(apply_final(hidden, batch))
+    return events + [_draw(s, hidden[row], logits[row]) for row, s in enumerate(drawing)]
+
+
+def make_batch(cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> Batch:
+    """The ragged batch of the next `count` tokens of each sequence; wanted rows are the last of those up to date."""
+    counts = np.array([count for _, count in work], dtype=np.int32)
+    cu_q = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    tokens = np.concatenate([s.token_ids[s.computed : s.computed + count] for s, count in work]).astype(np.int64)
+    positions = np.concatenate([np.arange(s.computed, s.computed + count, dtype=np.int64) for s, count in work])
+    rows = [int(cu_q[i + 1]) - 1 for i, (s, count) in enumerate(work) if count == s.pending]
+    adapters = tuple(s.request.adapter for s, _ in work)
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        cu_q=cu_q,
+        rows=np.array(rows, dtype=np.int64),
+        kv=cache.view([s.request.id for s, _ in work]),
+        rope_variants=np.array([s.rope_variant for s, _ in work], dtype=np.uint8),
+        adapters=adapters if any(adapter is not None for adapter in adapters) else (),
+    )
+
+
+def _draw(sequence: Sequence, hidden: FloatArray, logits: FloatArray) -> TokenEvent:
+    request, first = sequence.request, sequence.generated == 0
+    try:
+        sampled = sequence.sampler.sample(logits)
+    except GenerationError as error:
+        return TokenEvent(request.id, None, "error", error=error)
+    return TokenEvent(
+        request_id=request.id,
+        token_id=sampled.token,
+        finish_reason=sequence.accept(sampled.token),
+        logprob=sampled.logprob,
+        top_logprobs=sampled.top_logprobs,
+        hidden=hidden.copy() if request.keep_hidden else None,
+        cached_tokens=sequence.cached if first else 0,
+        prefill_s=time.perf_counter() - sequence.started if first else 0.0,
+    )

@@ -1,0 +1,59 @@
+"""A consumer's end of a running request."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+
+from ruvllm_core.generate.answer import Item
+from ruvllm_core.generate.request import Generation, StreamEvent
+from ruvllm_core.generate.worker import Worker
+
+
+class Stream(Iterator[StreamEvent]):
+    """Iterates over the pieces of one answer as they come. Dropping it before the end cancels the request.
+
+    Attributes:
+        request_id: for `Engine.feedback`.
+    """
+
+    def __init__(self, request_id: str, items: queue.SimpleQueue[Item], worker: Worker) -> None:
+        self.request_id = request_id
+        self._items = items
+        self._worker = worker
+        self._generation: Generation | None = None
+        self._error: Exception | None = None
+
+    def __next__(self) -> StreamEvent:
+        """The next piece. Raises what made the request fail, if anything did."""
+        if self._done:
+            raise StopIteration
+        item = self._items.get()
+        if isinstance(item, StreamEvent):
+            return item
+        if isinstance(item, Generation):
+            self._generation = item
+            raise StopIteration
+        self._error = item
+        raise item
+
+    def result(self) -> Generation:
+        """Wait for the end. Raises what made the request fail, if anything did."""
+        for _ in self:
+            pass
+        if self._generation is None:
+            assert self._error is not None
+            raise self._error
+        return self._generation
+
+    def cancel(self) -> None:
+        """Stop generating; pieces on their way still come, and `result` holds what there is."""
+        self._worker.cancel(self.request_id)
+
+    @property
+    def _done(self) -> bool:
+        return self._generation is not None or self._error is not None
+
+    def __del__(self) -> None:
+        if not self._done:
+            self.cancel()

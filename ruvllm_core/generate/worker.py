@@ -1,0 +1,174 @@
+"""The one thread that owns a backend. Everybody else talks to it through a queue."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TypeVar
+
+from ruvllm_core.decode.lora import combine
+from ruvllm_core.errors import GenerationError
+from ruvllm_core.generate.answer import Answer
+from ruvllm_core.generate.request import Request
+from ruvllm_core.log import get_logger
+from ruvllm_core.protocols import Backend, LearningLoop
+
+T = TypeVar("T")
+_IDLE_BUDGET_S = 0.05
+_log = get_logger("worker")
+
+
+class Worker:
+    """Steps a backend while there is work, learns while there is none.
+
+    Args:
+        backend: called from this thread only, and so are the loops.
+        loops: observe every finished request.
+    """
+
+    def __init__(self, backend: Backend, loops: Sequence[LearningLoop]) -> None:
+        self._backend = backend
+        self._loops = loops
+        self._answers: dict[str, Answer] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="ruvllm-worker", daemon=True)
+        self._thread.start()
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Run `command` on the worker's thread, some time soon. Raises `GenerationError` once closed."""
+        with self._lock:
+            if self._closed:
+                raise GenerationError("the engine is closed", hint="load it again")
+            self._commands.put(command)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run `function` on the worker's thread and return, or raise, what it does."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(command)
+        return future.result()
+
+    def submit(self, answer: Answer) -> None:
+        """Start a request; its sink hears of everything else, errors included."""
+        self.post(lambda: self._submit(answer))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early; one that is finished already is ignored, and so is a closed worker."""
+        with self._lock:
+            if not self._closed:
+                self._commands.put(lambda: self._cancel(request_id))
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._commands.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            for command in self._waiting():
+                if command is None:
+                    for request_id in list(self._answers):
+                        self._cancel(request_id)
+                    return
+                command()
+            if self._backend.busy:
+                self._step()
+
+    def _waiting(self) -> list[Callable[[], None] | None]:
+        """Commands that have come in; with nothing else to do, waits for one."""
+        commands: list[Callable[[], None] | None] = []
+        while True:
+            try:
+                commands.append(self._commands.get_nowait())
+            except queue.Empty:
+                if commands or self._backend.busy or self._learn():
+                    return commands
+                return [self._commands.get()]
+
+    def _step(self) -> None:
+        try:
+            events = self._backend.step()
+        except Exception as error:  # whatever a backend raises must reach those who wait for it
+            _log.exception("a step failed", requests=len(self._answers))
+            for request_id, waiting in list(self._answers.items()):
+                self._backend.cancel(request_id)
+                waiting.fail(error)
+            self._answers.clear()
+            return
+        for event in events:
+            answer = self._answers.get(event.request_id)
+            if answer is None:
+                continue
+            self._guard(lambda answer=answer, event=event: answer.push(event), answer)  # type: ignore[misc]
+            if answer.finish_reason is not None:
+                # The backend goes on unless the reason was its own: a stop string is found here.
+                if event.finish_reason is None:
+                    self._backend.cancel(event.request_id)
+                self._finish(answer)
+
+    def _submit(self, answer: Answer) -> None:
+        self._answers[answer.request.id] = answer
+        try:
+            answer.request = self._adapted(answer.request)
+            self._backend.submit(answer.request)
+        except Exception as error:
+            del self._answers[answer.request.id]
+            answer.fail(error)
+
+    def _adapted(self, request: Request) -> Request:
+        """The request with the adapters that the loops have for it."""
+        found = [adapter for loop in self._loops if (adapter := loop.adapter(request)) is not None]
+        if not found:
+            return request
+        adapter = combine(found)
+        key = adapter.version if adapter.changes_cache else ""
+        return replace(request, adapter=adapter, cache_key=key)
+
+    def _cancel(self, request_id: str) -> None:
+        answer = self._answers.get(request_id)
+        if answer is not None:
+            self._backend.cancel(request_id)
+            self._guard(answer.cancel, answer)
+            self._finish(answer)
+
+    def _guard(self, action: Callable[[], None], answer: Answer) -> None:
+        try:
+            action()
+        except Exception as error:
+            _log.exception("an answer failed", request=answer.request.id)
+            answer.fail(error)
+
+    def _finish(self, answer: Answer) -> None:
+        del self._answers[answer.request.id]
+        if answer.finish_reason == "error":
+            return
+        for loop in self._loops:
+            try:
+                loop.observe(answer.trajectory())
+            except Exception:  # the answer is out already; learning must not take the engine down
+                _log.exception("a learning loop failed to observe", loop=type(loop).__name__)
+
+    def _learn(self) -> bool:
+        """Give idle time to the loops; True if one has more to do."""
+        more = False
+        for loop in self._loops:
+            try:
+                more = loop.tick(_IDLE_BUDGET_S) or more
+            except Exception:
+                _log.exception("a learning loop failed in idle time", loop=type(loop).__name__)
+        return more

@@ -1,0 +1,259 @@
+"""From a ``config.json`` or GGUF metadata to the fields of `ModelSpec` that all Llama-like families share.
+
+Field names follow the Hugging Face configuration classes and the GGUF specification (docs/gguf.md of the GGML
+project); the meaning of the rotary scaling fields follows ``modeling_rope_utils`` of transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ruvllm_core.errors import ModelError, near
+from ruvllm_core.model.spec import Activation, RopeKind, RopeScaling
+from ruvllm_core.protocols import TensorLookup
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_HF_ROPE_KINDS: dict[str, RopeKind] = {
+    "default": "none",
+    "linear": "linear",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "su": "longrope",
+}
+_GGUF_ROPE_KINDS: dict[str, RopeKind] = {"none": "none", "linear": "linear", "yarn": "yarn", "longrope": "longrope"}
+
+
+class Fields:
+    """Typed look-ups in a parsed mapping, where null means missing.
+
+    Every method raises `ModelError` naming the field if its value is of another type, or missing without a default.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """`prefix` is put before every name: looked up with it in GGUF metadata, see `section` for nested values."""
+        self._values = values
+        self._prefix = prefix
+        self._label = prefix
+
+    def section(self, name: str) -> Fields:
+        """The mapping nested under `name`; an empty one if it is missing."""
+        value = self.raw(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise self._wrong(name, "an object", value)
+        inner = Fields(value or {})
+        inner._label = f"{self._label}{name}."
+        return inner
+
+    def raw(self, name: str) -> Any:
+        """The value as it is, or None."""
+        return self._values.get(self._prefix + name)
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._get(name, "an integer", default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int:
+            raise self._wrong(name, "an integer", value)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, "a number", default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self._wrong(name, "a finite number", value)
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._get(name, "true or false", default)
+        if type(value) is not bool:
+            raise self._wrong(name, "true or false", value)
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._get(name, "a string", default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string", value)
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        value = self._get(name, "a list of numbers", None)
+        if not isinstance(value, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+            raise self._wrong(name, "a list of numbers", value)
+        return tuple(map(float, value))
+
+    def _get(self, name: str, expected: str, default: Any) -> Any:
+        value = self.raw(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelError(
+                f"the field '{self._label}{name}' ({expected}) is missing",
+                hint="the model is of another family, or its files are incomplete: download it again",
+            )
+        return value
+
+    def _wrong(self, name: str, expected: str, value: Any) -> ModelError:
+        found = repr(value) if len(repr(value)) < 60 else f"{type(value).__name__} of {len(value)} values"
+        return ModelError(f"the field '{self._label}{name}' should be {expected}, found {found}")
+
+
+def hf_common(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes, norm, activation, embeddings and rotary positions of a parsed ``config.json``, as `ModelSpec` fields."""
+    fields = Fields(config)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    activation = fields.text("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise ModelError(f"hidden_act: activation {activation!r} is not supported", hint=near(activation, _ACTIVATIONS))
+    head_dim = fields.integer("head_dim", hidden // max(heads, 1))
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "norm_eps": fields.number("rms_norm_eps"),
+        "max_context": fields.integer("max_position_embeddings"),
+        "activation": _ACTIVATIONS[activation],
+        "tied_embeddings": fields.flag("tie_word_embeddings", False),
+        **_hf_rope(fields, head_dim),
+    }
+
+
+def _hf_rope(config: Fields, head_dim: int) -> dict[str, Any]:
+    """From ``rope_scaling`` beside ``rope_theta``, or from ``rope_parameters``, which transformers 5 writes instead."""
+    rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    rotated = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    max_context = config.integer("max_position_embeddings")
+    name = rope.text("rope_type", rope.text("type", "default"))
+    if name not in _HF_ROPE_KINDS:
+        raise ModelError(f"rope type {name!r} is not supported", hint=near(name, _HF_ROPE_KINDS))
+    kind = _HF_ROPE_KINDS[name]
+    original = config.integer(
+        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_context)
+    )
+    values: dict[str, Any] = {"kind": kind, "original_context": original}
+    if kind in ("linear", "llama3"):
+        values["factor"] = rope.number("factor")
+    if kind in ("yarn", "longrope"):
+        values["factor"] = rope.number("factor", max_context / max(original, 1))
+        if rope.raw("attention_factor") is not None:
+            values["attention_factor"] = rope.number("attention_factor")
+    if kind == "llama3":
+        values["low_freq_factor"] = rope.number("low_freq_factor")
+        values["high_freq_factor"] = rope.number("high_freq_factor")
+    if kind == "yarn":
+        values["beta_fast"] = rope.number("beta_fast", 32.0)
+        values["beta_slow"] = rope.number("beta_slow", 1.0)
+        for unsupported in ("mscale", "mscale_all_dim", "truncate"):
+            if rope.raw(unsupported) is not None:
+                raise ModelError(f"the yarn field '{unsupported}' in the rope scaling is not supported")
+    if kind == "longrope":
+        values["short_factors"] = rope.numbers("short_factor")
+        values["long_factors"] = rope.numbers("long_factor")
+    return {"rope_theta": theta, "rope_dim": int(head_dim * rotated), "rope_scaling": RopeScaling(**values)}
+
+
+def gguf_common(metadata: Mapping[str, Any], tensor: TensorLookup) -> dict[str, Any]:
+    """Sizes, norm, embeddings, windows and rotary positions of a GGUF file, as `ModelSpec` fields.
+
+    The vocabulary is as large as the embedding; embeddings are tied where the file has no output tensor.
+    """
+    fields = Fields(metadata, Fields(metadata).text("general.architecture") + ".")
+    if fields.integer("expert_count", 0):
+        raise ModelError(f"models with experts are not supported (expert_count is {fields.raw('expert_count')})")
+    embedding = tensor("token_embd.weight")
+    if embedding is None:
+        raise ModelError("the tensor 'token_embd.weight' is missing", hint="the file is incomplete or not a text model")
+    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
+    if fields.integer("attention.value_length", head_dim) != head_dim:
+        raise ModelError("heads whose keys and values differ in width are not supported (attention.value_length)")
+    num_layers = fields.integer("block_count")
+    window = fields.integer("attention.sliding_window", 0)  # 0 is how converters say that there is none
+    return {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("feed_forward_length"),
+        "num_layers": num_layers,
+        "num_heads": heads,
+        "num_kv_heads": fields.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
+        "max_context": fields.integer("context_length"),
+        "tied_embeddings": tensor("output.weight") is None,
+        "sliding_window": window or None,
+        "sliding_layers": _sliding_pattern(fields) if window else (),
+        "rope_theta": fields.number("rope.freq_base", 10000.0),
+        "rope_dim": fields.integer("rope.dimension_count", head_dim),
+        "rope_scaling": _gguf_rope(fields, tensor),
+    }
+
+
+def _sliding_pattern(fields: Fields) -> tuple[bool, ...]:
+    pattern = fields.raw("attention.sliding_window_pattern")
+    if pattern is None:
+        return ()
+    if not isinstance(pattern, np.ndarray) or pattern.dtype != np.bool_:
+        raise ModelError(f"attention.sliding_window_pattern should say of each layer true or false, found {pattern!r}")
+    return tuple(map(bool, pattern))
+
+
+def _gguf_rope(fields: Fields, tensor: TensorLookup) -> RopeScaling:
+    short, long = _factors(tensor, "rope_factors_short.weight"), _factors(tensor, "rope_factors_long.weight")
+    name = fields.text("rope.scaling.type", "none")
+    if name not in _GGUF_ROPE_KINDS:
+        raise ModelError(f"rope.scaling.type {name!r} is not supported", hint=near(name, _GGUF_ROPE_KINDS))
+    # Older converters write the factors of longrope without naming it.
+    kind = "longrope" if long else _GGUF_ROPE_KINDS[name]
+    if kind == "longrope" and not (short and long):
+        raise ModelError("longrope needs the tensors 'rope_factors_short.weight' and 'rope_factors_long.weight'")
+    if fields.number("rope.scaling.yarn_log_multiplier", 0.0) or fields.number("attention.temperature_scale", 0.0):
+        raise ModelError("scaling attention by position (attention.temperature_scale) is not supported")
+    context = fields.integer("context_length")
+    original = fields.integer("rope.scaling.original_context_length", context)
+    factor = context / max(original, 1) if kind == "longrope" else fields.number("rope.scaling.factor", 1.0)
+    attention: float | None = None
+    if fields.raw("rope.scaling.yarn_attn_factor") is not None:
+        attention = fields.number("rope.scaling.yarn_attn_factor")
+    elif fields.raw("rope.scaling.attn_factor") is not None:
+        # For yarn this multiplies the factor of its own rule; elsewhere it is the whole factor.
+        rule = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1.0 else 1.0
+        attention = fields.number("rope.scaling.attn_factor") * rule
+    frequencies = _factors(tensor, "rope_freqs.weight")
+    if frequencies and kind != "none":
+        raise ModelError(f"the tensor 'rope_freqs.weight' together with {kind} rope scaling is not supported")
+    return RopeScaling(
+        kind=kind,
+        factor=factor,
+        original_context=original,
+        beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=attention,
+        freq_factors=frequencies,
+        short_factors=short,
+        long_factors=long,
+    )
+
+
+def _factors(tensor: TensorLookup, name: str) -> tuple[float, ...]:
+    found = tensor(name)
+    if found is None:
+        return ()
+    values = found.dequantize().reshape(-1)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ModelError(f"the tensor '{name}' should hold positive factors")
+    return tuple(values.tolist())

@@ -1,0 +1,176 @@
+"""`ModelRef`: what a user names when naming a model, and the rules for models on this disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ruvllm_core.errors import ModelError, ModelNotFound, near
+
+SHORT_NAMES = ("smollm2",)
+GGUF_MAGIC = b"GGUF"
+_FORMS = "a model is named org/name[@revision][:file.gguf], a folder, a .gguf file, or smollm2"
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^@:\s]+))?(:(?P<file>.+))?")
+_SPLIT_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model by name.
+
+    Attributes:
+        kind: ``local`` (`path` is set), ``hub`` (`repo` is set) or ``short`` (`text` is one of `SHORT_NAMES`).
+        text: as the user wrote it.
+        path: an existing file or folder.
+        repo: ``org/name`` on the Hugging Face hub.
+        revision: branch, tag or commit; None is the default branch.
+        file: one GGUF file of the repository, in POSIX notation.
+    """
+
+    kind: Literal["local", "hub", "short"]
+    text: str
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, ref: str | Path | ModelRef) -> ModelRef:
+        """Decide what `ref` names: a short name, else whatever exists on this disk, else a hub id.
+
+        A `Path` is always local. Raises `ModelNotFound` for a path that does not exist and for what is no name at all.
+        """
+        if isinstance(ref, ModelRef):
+            return ref
+        text = str(ref)
+        if isinstance(ref, str):
+            if not text.strip() or "\0" in text:
+                raise ModelNotFound(f"{text!r} names no model", hint=_FORMS)
+            if text in SHORT_NAMES:
+                return cls("short", text)
+        path = Path(ref).expanduser()
+        if path.exists():
+            return cls("local", text, path=path)
+        match = _HUB_ID.fullmatch(text)
+        if isinstance(ref, Path) or match is None or (match["file"] is None and _is_path_like(text)):
+            raise _missing(text, path)
+        file = match["file"]
+        if file is not None:
+            _check_file(text, file)
+        if ".." in match["repo"] or "--" in match["repo"] or match["repo"].endswith((".git", "-", ".")):
+            raise ModelNotFound(f"{match['repo']} cannot be a hub id: it has '..' or '--', or ends in '.', '-' or .git")
+        if match["revision"] is not None and (".." in match["revision"] or match["revision"].startswith("/")):
+            raise ModelNotFound(f"{match['revision']} cannot be a revision in {text}")
+        return cls("hub", text, repo=match["repo"], revision=match["revision"], file=file)
+
+
+def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | None, where: str) -> str | None:
+    """The one GGUF file among `files` that is meant, or None if there is none.
+
+    `wanted` is its exact name. Otherwise it is the only one there is, or the only one with `quantization` in its name.
+    Projectors and importance matrices, which travel with some models, are passed over. Raises `ModelNotFound` if
+    `wanted` is not there, and `ModelError` if the choice is open or falls on a part of a split file.
+    """
+    ggufs = sorted(
+        name for name in files if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name.lower())
+    )
+    if wanted is not None:
+        if wanted not in files:
+            raise ModelNotFound(f"{where} has no file {wanted}", hint=near(wanted, ggufs))
+        chosen = wanted
+    else:
+        named = [name for name in ggufs if quantization and names_quantization(name, quantization)]
+        if len(ggufs) > 1 and len(named) != 1:
+            raise ModelError(
+                f"{where} has several GGUF files: {', '.join(ggufs)}",
+                hint=f"name one, as in {where}{'/' if Path(where).is_dir() else ':'}{ggufs[0]}",
+            )
+        if not ggufs:
+            return None
+        chosen = named[0] if named else ggufs[0]
+    if _SPLIT_PART.search(chosen):
+        raise ModelError(
+            f"{chosen} of {where} is one part of a split GGUF file, which cannot be read",
+            hint="name a file that is not split, or join the parts with llama-gguf-split --merge",
+        )
+    return chosen
+
+
+def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool = False) -> Path:
+    """A local GGUF file or Hugging Face folder. Raises `ModelNotFound` or `ModelError` saying what is missing.
+
+    A folder with several GGUF files needs `quantization` to name one. With `tokenizer_only` a folder needs no weights.
+    """
+    if path.is_file():
+        if path.suffix.lower() != ".gguf" and not _has_magic(path):
+            raise ModelError(
+                f"{path} is no GGUF file",
+                hint="give a .gguf file, or the folder that holds config.json and *.safetensors",
+            )
+        return path
+    if not path.is_dir():
+        raise ModelError(f"{path} is neither a file nor a folder")
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise ModelError(f"cannot read the folder {path}: {error.strerror}") from None
+    if not names:
+        raise ModelNotFound(f"the folder {path} is empty", hint=_FORMS)
+    has_config = "config.json" in names
+    if has_config and (tokenizer_only or any(name.endswith(".safetensors") for name in names)):
+        return path
+    gguf = choose_gguf(names, None, quantization, str(path))
+    if gguf is not None:
+        return path / gguf
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if has_config and pickles:
+        raise ModelError(
+            f"{path} has only pickled weights ({pickles[0]}), which can run code when they are read",
+            hint="convert them to safetensors or GGUF",
+        )
+    lacks = "no *.safetensors" if has_config else "no config.json"
+    raise ModelNotFound(
+        f"the folder {path} holds no model: it has {lacks} and no .gguf file",
+        hint="it has: " + ", ".join(names[:8]) + (" …" if len(names) > 8 else ""),
+    )
+
+
+def names_quantization(name: str, quantization: str) -> bool:
+    """Whether a file name carries a quantization: ``model-Q4_K_M.gguf`` carries q4_k_m, and not q4_k."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(quantization.lower())}(?![a-z0-9_])", name.lower()) is not None
+
+
+def _is_path_like(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or "\\" in text or text.lower().endswith((".gguf", ".safetensors"))
+
+
+def _check_file(text: str, file: str) -> None:
+    if "\\" in file or any(part in ("", ".", "..") for part in file.split("/")):
+        raise ModelNotFound(f"{file} cannot be the name of a file in {text}")
+    if not file.lower().endswith(".gguf"):
+        raise ModelNotFound(f"{file} in {text} is no .gguf file", hint=_FORMS)
+
+
+def _missing(text: str, path: Path) -> ModelNotFound:
+    hint = _FORMS
+    parts = text.split("/")
+    if len(parts) > 2 and parts[0] not in ("", ".", "..", "~") and text.lower().endswith(".gguf"):
+        hint = f"a file on the hub is named {'/'.join(parts[:2])}:{'/'.join(parts[2:])}"
+    siblings: list[str] = []
+    if path.parent.is_dir():
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+        close = near(path.name, [*siblings, *(SHORT_NAMES if "/" not in text else ())])
+        if close.startswith("did you mean"):
+            hint = close
+    return ModelNotFound(f"there is no file or folder {path}", hint=hint)
+
+
+def _has_magic(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
