@@ -128,8 +128,7 @@ def metadata_of_tekken(path: Path) -> dict[str, Any]:
     for entry in data.get("special_tokens") or []:
         names[entry["rank"]] = entry["token_str"]
     if not data.get("special_tokens"):
-        names[:11] = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] \
-[TOOL_CALLS] <pad>".split()
+        names[:5] = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "tekken",
