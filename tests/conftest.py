@@ -24,8 +24,8 @@ def llama3_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama2_folder() -> Path:
-    return realdata.npm_tokenizer("llama2")
+def mistral7b_folder() -> Path:
+    return realdata.npm_tokenizer("llama2")  # so named, but it is Mistral 7B v0.1's
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ruvllm_core.model.template_sandbox import BudgetedEnvironment
 
-_MAX_SOURCE = 200_000  # characters; the longest real templates have about 30,000
+_MAX_SOURCE = 100_000  # characters; compiling so many takes about a second. Real templates have up to 30,000
 
 
 class ChatTemplate:

@@ -111,10 +111,10 @@ class Budget:
     def percent(self, pattern: Any, *values: Any, **named: Any) -> int:
         """Cost of ``pattern % values``."""
         self.text(pattern)
-        pattern = str(pattern)
-        if "%" in pattern and any(_WIDE_FIELD.search(spec) for spec in re.findall(r"%[^a-zA-Z%]*", pattern)):
+        spelled = str(pattern)
+        if any(_WIDE_FIELD.search(field) for field in re.findall(r"%[^a-zA-Z%]*", spelled)):
             raise TemplateError("the chat template formats with too wide a field", hint=_HINT)
-        return pattern.count("%") * (1000 + self.size(values) + self.size(named))
+        return spelled.count("%") * (1000 + self.size(values) + self.size(named))
 
     def braces(self, pattern: str, *values: Any, **named: Any) -> int:
         """Cost of ``pattern.format(*values, **named)``."""
