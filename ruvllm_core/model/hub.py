@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from ruvllm_core.errors import ModelError, ModelNotFound
+from ruvllm_core.errors import ModelNotFound
 from ruvllm_core.model import smollm2
 from ruvllm_core.model.ref import ModelRef, choose_gguf, names_quantization, resolve_local
 from ruvllm_core.settings import Settings
