@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -26,6 +28,13 @@ from ruvllm_core.model.store import list_models, remove_model
 from ruvllm_core.settings import Settings
 
 COMMITS = {"main": "1" * 40, "v1": "2" * 40}
+PULL = """
+import sys
+from pathlib import Path
+from ruvllm_core.model.hub import resolve
+from ruvllm_core.settings import Settings
+resolve("org/folder", Settings(cache_dir=Path(sys.argv[1])), progress=bool(sys.argv[2]))
+"""
 BIG = bytes(range(256)) * 4096
 
 
@@ -38,6 +47,7 @@ class Hub:
         gated: repositories that want a token.
         cuts: file → how many more times its connection is cut after half of what was asked for.
         status: an HTTP status that answers everything.
+    stalled: half-way through model.safetensors the hub waits for it, after setting `reached`.
         log: ``METHOD path`` and the Range of each request.
     """
 
@@ -45,6 +55,8 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     cuts: dict[str, int] = field(default_factory=dict)
     status: int | None = None
+    stalled: threading.Event | None = None
+    reached: threading.Event = field(default_factory=threading.Event)
     log: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -60,10 +72,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: Any) -> None:
             pass
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self._answer()
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer()
 
         def _answer(self) -> None:
@@ -86,7 +98,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if api and rest[:1] == ["tree"]:
                 return self._json([self._entry(name, data) for name, data in files.items()])
             if api:
-                siblings = [{"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in files.items()]
+                siblings = [
+                    {"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in files.items()
+                ]
                 return self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings})
             if repo in hub.gated and not self.headers.get("Authorization", "").endswith("good-token"):
                 return self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
@@ -111,7 +125,20 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.command == "GET" and hub.cuts.get(name, 0) > 0:
                 hub.cuts[name] -= 1
                 cut = (len(data) - start) // 2
-            self._send(206 if asked else 200, data[start:], headers, cut)
+            if self.command == "GET" and name == "model.safetensors" and hub.stalled is not None:
+                self._stall(hub.stalled, data, headers)
+            else:
+                self._send(206 if asked else 200, data[start:], headers, cut)
+
+        def _stall(self, until: threading.Event, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for key, value in {"Content-Length": str(len(data)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            hub.reached.set()
+            until.wait(60)
+            self.close_connection = True
 
         def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
             self.send_response(status)
@@ -179,6 +206,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(cache_dir=tmp_path / "cache")
+
+
+def _environment(tmp_path: Path) -> dict[str, str]:
+    """Of a process that imports what this one does, and does not see the user's own Hugging Face login."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": path}
 
 
 def _files(folder: Path) -> set[str]:
@@ -284,7 +317,7 @@ def test_a_gated_repository_wants_a_token(hub: Hub, settings: Settings, monkeypa
     monkeypatch.setenv("HF_TOKEN", "bad-token")
     with pytest.raises(ModelNotFound, match=r"gated(.|\n)*HF_TOKEN"):
         resolve("org/folder", settings)
-    assert [entry.format for entry in list_models(settings)] in ([], ["gguf"], ["incomplete"], ["incomplete", "gguf"])
+    assert not list(settings.cache_dir.glob("hub/models*"))
     monkeypatch.setenv("HF_TOKEN", "good-token")
     assert (resolve("org/folder", settings) / "model.safetensors").is_file()
 
@@ -340,7 +373,7 @@ def test_a_connection_that_never_holds_leaves_no_model(
     hub.cuts["model.safetensors"] = 10**6
     with pytest.raises(ModelNotFound, match="cannot be reached"):
         resolve("org/folder", settings)
-    assert not [path for path in settings.cache_dir.rglob("model.safetensors")]
+    assert not list(settings.cache_dir.rglob("model.safetensors"))
     assert {entry.format for entry in list_models(settings) if entry.name == "org/folder"} <= {"incomplete"}
     with pytest.raises(ModelNotFound):
         resolve("org/folder", settings, download=False)
@@ -418,7 +451,7 @@ def test_a_real_full_file_system(hub: Hub, tmp_path: Path) -> None:
         ["unshare", "-rm", "sh", "-c", command, "sh", str(small), sys.executable, str(script)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=_environment(tmp_path),
     )
     assert "the disk is full" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
@@ -431,7 +464,7 @@ def test_removing_a_revision_keeps_what_another_shares(hub: Hub, settings: Setti
     assert freed == len(b"[1]") + len(COMMITS["v1"])  # its tokenizer, and the file that holds the branch's commit
     assert (main / "model.safetensors").read_bytes() == BIG
     _, freed = remove_model("org/folder", settings)
-    assert freed > len(BIG) and not [path for path in settings.cache_dir.glob("hub/models*")]
+    assert freed > len(BIG) and not list(settings.cache_dir.glob("hub/models*"))
     with pytest.raises(ModelNotFound):
         resolve("org/folder", settings, download=False)
 
@@ -445,17 +478,59 @@ def test_removing_one_gguf_keeps_the_other(hub: Hub, settings: Settings) -> None
     assert not list(settings.cache_dir.glob("hub/models*"))
 
 
-def test_the_leftovers_of_a_failed_download_can_be_removed(
+def test_the_leftovers_of_a_failed_download_are_listed_and_can_be_removed(
     hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.cuts["model-00002-of-00002.safetensors"] = 10**6
+    with pytest.raises(ModelNotFound):
+        resolve("org/sharded", settings)
+    assert [entry.name for entry in list_models(settings) if entry.format == "incomplete"] == ["org/sharded"]
+    remove_model("org/sharded", settings)
+    assert not list(settings.cache_dir.glob("hub/models*"))
     hub.cuts["model-q8_0.gguf"] = 10**6
     with pytest.raises(ModelNotFound):
         resolve("org/ggufs:model-q8_0.gguf", settings)
-    names = [entry.name for entry in list_models(settings) if entry.format == "incomplete"]
-    assert names == ["org/ggufs"]
-    remove_model("org/ggufs", settings)
     assert not list(settings.cache_dir.glob("hub/models*"))
+
+
+def test_a_failed_refresh_leaves_the_model_as_it_was(
+    hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = resolve("org/folder", settings)
+    hub.repos["org/folder"]["main"] = {**hub.repos["org/folder"]["main"], "model.safetensors": BIG[::-1]}
+    monkeypatch.setitem(COMMITS, "main", "3" * 40)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.cuts["model.safetensors"] = 10**6
+    with pytest.raises(ModelNotFound):
+        resolve("org/folder", settings, refresh=True)
+    assert resolve("org/folder", settings) == before
+    assert (before / "model.safetensors").read_bytes() == BIG
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_process_leaves_nothing_that_looks_whole(
+    hub: Hub, settings: Settings, tmp_path: Path, signum: signal.Signals
+) -> None:
+    hub.stalled = threading.Event()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PULL, str(settings.cache_dir), ""],
+        stderr=subprocess.DEVNULL,
+        env=_environment(tmp_path),
+    )
+    try:
+        assert hub.reached.wait(60)
+        process.send_signal(signum)
+        assert process.wait(5) != 0
+    finally:
+        process.kill()
+        hub.stalled.set()
+    assert bool(_partial(settings)) == (signum == signal.SIGKILL)
+    assert not list(settings.cache_dir.rglob("model.safetensors"))
+    hub.stalled = None
+    assert (resolve("org/folder", settings) / "model.safetensors").read_bytes() == BIG
+    remove_model("org/folder", settings)
+    assert not _partial(settings)
 
 
 def test_huggingface_hub_sees_what_we_list(hub: Hub, settings: Settings) -> None:
@@ -476,11 +551,22 @@ def test_huggingface_hub_sees_what_we_list(hub: Hub, settings: Settings) -> None
     assert ours == theirs
 
 
-def test_progress_bars_are_drawn_on_stderr_only_when_wanted(
-    hub: Hub, settings: Settings, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_bars_are_drawn_on_a_terminal_when_wanted(
+    hub: Hub, settings: Settings, tmp_path: Path, progress: bool
 ) -> None:
-    resolve("org/folder", settings, progress=False)
-    quiet = capfd.readouterr()
-    resolve("org/sharded", settings)
-    loud = capfd.readouterr()
-    assert quiet.out == loud.out == "" and "%" not in quiet.err and "%" in loud.err
+    terminal, end = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-c", PULL, str(settings.cache_dir), "yes" if progress else ""],
+        stdout=subprocess.PIPE,
+        stderr=end,
+        env=_environment(tmp_path),
+    )
+    os.write(end, b"END")
+    shown = b""
+    while not shown.endswith(b"END"):
+        shown += os.read(terminal, 4096)
+    os.close(end)
+    os.close(terminal)
+    assert done.returncode == 0 and done.stdout == b""
+    assert (b"model.safetensors: 100%" in shown) == progress and (progress or shown == b"END")

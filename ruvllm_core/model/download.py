@@ -7,11 +7,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 
 from ruvllm_core.errors import ModelError, ModelNotFound, RuvLLMError
-from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir
+from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir, snapshot_folder
 from ruvllm_core.model.ref import ModelRef, choose_gguf
 from ruvllm_core.settings import Settings
 
@@ -31,10 +30,10 @@ _TEXT_FILES = (
 def download_model(model: ModelRef, settings: Settings, *, progress: bool = True, tokenizer_only: bool = False) -> Path:
     """Bring a hub model into the cache folder, as it is on the hub now: its GGUF file, or its folder.
 
-    Files that are here already are not downloaded again. What a failure leaves are whole files, and possibly
-    ``blobs/*.incomplete``, which nothing takes for a model. Raises `ModelNotFound` or `ModelError`.
+    Files that are here already are not downloaded again. Until all are here, the revision's name stays with the commit
+    it had. A failure leaves whole files only, or nothing. Raises `ModelNotFound` or `ModelError`.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     assert model.repo is not None
     endpoint = os.environ.get("HF_ENDPOINT") or None
@@ -42,22 +41,21 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
         info = HfApi(endpoint=endpoint).model_info(model.repo, revision=model.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     files, gguf = _wanted(sorted(sizes), model, settings, tokenizer_only)
-    snapshot = repo_dir(model.repo, settings) / "snapshots" / str(info.sha)
+    commit, repo = str(info.sha), repo_dir(model.repo, settings)
+    snapshot = repo / "snapshots" / commit
     _check_space(sum(sizes[name] for name in files if not (snapshot / name).is_file()), model, settings)
-    with _explained(model, settings), _bars(progress):
-        folder = Path(
-            snapshot_download(
-                model.repo,
-                revision=model.revision,
-                cache_dir=hub_dir(settings),
-                allow_patterns=[escape(name) for name in files],
-                endpoint=endpoint,
-            )
-        )
-    absent = [name for name in files if not (folder / name).is_file()]
-    if absent:
-        raise ModelError(f"the download of {model.text} is incomplete: {', '.join(absent)} missing", hint="try again")
-    return folder / gguf if gguf is not None else folder
+    try:
+        with _explained(model, settings), _bars(progress):
+            # One after the other in this thread: huggingface_hub's parallel downloads do not stop at Ctrl-C. The last
+            # step has nothing left to download and lets the revision name the commit.
+            for name, revision in [*((name, commit) for name in files), (files[0], model.revision)]:
+                hf_hub_download(model.repo, name, revision=revision, cache_dir=hub_dir(settings), endpoint=endpoint)
+    finally:
+        if not any(path.is_file() for part in ("blobs", "snapshots") for path in (repo / part).rglob("*")):
+            shutil.rmtree(repo, ignore_errors=True)
+    if snapshot_folder(model, settings) != snapshot:
+        raise ModelError(f"{model.text} changed on the hub while it was downloaded", hint="try again")
+    return snapshot / gguf if gguf is not None else snapshot
 
 
 def _wanted(

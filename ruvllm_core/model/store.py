@@ -116,8 +116,10 @@ def _of_repo(repo: Path) -> Iterator[ModelEntry]:
             yield ModelEntry(f"{full}:{inner}", path, path.stat().st_size, "gguf", "cache", commit)
         if is_whole(snapshot) or not ggufs:
             size = sum(path.stat().st_size for path in files if path not in ggufs)
-            kind = "safetensors" if is_whole(snapshot) else "incomplete"
-            yield ModelEntry(full, snapshot, size, kind, "cache", commit)
+            if is_whole(snapshot):
+                yield ModelEntry(full, snapshot, size, "safetensors", "cache", commit)
+            else:  # a first download that was cut off has no ref yet
+                yield ModelEntry(full if refs else name, snapshot, size, "incomplete", "cache", commit)
 
 
 def _is_meant(entry: ModelEntry, model: ModelRef, settings: Settings) -> bool:
