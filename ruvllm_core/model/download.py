@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ruvllm_core.errors import ModelError, ModelNotFound, RuvLLMError
+from ruvllm_core.log import get_logger
 from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir, snapshot_folder
 from ruvllm_core.model.ref import ModelRef, choose_gguf
 from ruvllm_core.settings import Settings
 
+log = get_logger("download")
+#: huggingface_hub goes on by itself after some failures, not after all (a reset connection is one).
+_ATTEMPTS = 3
 _TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -49,7 +54,17 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
             # One after the other in this thread: huggingface_hub's parallel downloads do not stop at Ctrl-C. The last
             # step has nothing left to download and lets the revision name the commit.
             for name, revision in [*((name, commit) for name in files), (files[0], model.revision)]:
-                hf_hub_download(model.repo, name, revision=revision, cache_dir=hub_dir(settings), endpoint=endpoint)
+                for attempt in range(_ATTEMPTS):
+                    try:
+                        hf_hub_download(
+                            model.repo, name, revision=revision, cache_dir=hub_dir(settings), endpoint=endpoint
+                        )
+                        break
+                    except Exception as error:
+                        if attempt == _ATTEMPTS - 1 or not _is_network(error):
+                            raise
+                        log.warning("connection lost, trying again", file=name, error=_brief(error))
+                        time.sleep(1)
     finally:
         if not any(path.is_file() for part in ("blobs", "snapshots") for path in (repo / part).rglob("*")):
             shutil.rmtree(repo, ignore_errors=True)
