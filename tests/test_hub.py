@@ -98,12 +98,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if revision not in revisions:
                 return self._send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
             files, commit = revisions[revision], COMMITS[revision]
-            if api and rest[:1] == ["tree"]:
-                return self._json([self._entry(name, data) for name, data in files.items()])
             if api:
-                siblings = [
-                    {"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in files.items()
-                ]
+                siblings = [self._sibling(name, data) for name, data in files.items()]
                 return self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings})
             if repo in hub.gated and not self.headers.get("Authorization", "").endswith("good-token"):
                 return self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
@@ -112,8 +108,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
             return self._file(name, files[name], commit)
 
-        def _entry(self, name: str, data: bytes) -> dict[str, Any]:
-            return {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+        def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
+            sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            if name.endswith(".safetensors"):
+                sibling["lfs"] = {"sha256": _etag(name, data), "size": len(data), "pointerSize": 130}
+            return sibling
 
         def _json(self, value: Any) -> None:
             self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -121,7 +120,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _file(self, name: str, data: bytes, commit: str) -> None:
             asked = self.headers.get("Range")
             start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-            headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            headers = {"ETag": f'"{_etag(name, data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if asked:
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             cut = None
@@ -156,8 +155,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _etag(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+def _etag(name: str, data: bytes) -> str:
+    """What the hub calls the contents of a file: SHA-256 of large files, SHA-1 of others."""
+    return (hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1)(data).hexdigest()
 
 
 @pytest.fixture
@@ -392,6 +392,11 @@ def test_a_disk_too_small_is_seen_before_the_download(
     with pytest.raises(ModelError, match=r"no space for org/folder: it needs 1 MB(.|\n)*ruvllm rm"):
         resolve("org/folder", settings)
     assert hub.downloads() == [] and not settings.cache_dir.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    resolve("org/folder@v1", settings)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert resolve("org/folder", settings).name == COMMITS["main"], "the weights of v1 are the same"
 
 
 def test_a_disk_that_fills_up_leaves_no_half_file(

@@ -44,11 +44,17 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
     endpoint = os.environ.get("HF_ENDPOINT") or None
     with _explained(model, settings):
         info = HfApi(endpoint=endpoint).model_info(model.repo, revision=model.revision, files_metadata=True)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    files, gguf = _wanted(sorted(sizes), model, settings, tokenizer_only)
+    offered = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    files, gguf = _wanted(sorted(offered), model, settings, tokenizer_only)
     commit, repo = str(info.sha), repo_dir(model.repo, settings)
     snapshot = repo / "snapshots" / commit
-    _check_space(sum(sizes[name] for name in files if not (snapshot / name).is_file()), model, settings)
+    needed = 0
+    for name in files:
+        lfs = offered[name].lfs
+        blob = lfs.sha256 if lfs is not None else offered[name].blob_id
+        if not (snapshot / name).is_file() and not (repo / "blobs" / str(blob)).is_file():
+            needed += offered[name].size or 0
+    _check_space(needed, model, settings)
     try:
         with _explained(model, settings), _bars(progress):
             # One after the other in this thread: huggingface_hub's parallel downloads do not stop at Ctrl-C. The last
@@ -82,7 +88,8 @@ def _wanted(
         return texts, None
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if SAFETENSORS_INDEX in names:
-        weights = [SAFETENSORS_INDEX, *(name for name in weights if name.startswith("model-"))]
+        shards = [name for name in weights if "-of-" in name and not name.startswith("consolidated")]
+        weights = [SAFETENSORS_INDEX, *shards]
     elif "model.safetensors" in names:
         weights = ["model.safetensors"]
     if model.file is None and "config.json" in texts and weights:
