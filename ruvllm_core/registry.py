@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from ruvllm_core.hookspecs import API_VERSION, ENTRY_POINT_GROUP, KINDS, Offer
 from ruvllm_core.settings import Settings, validate_options
 
 BUILTIN = "core"
+# What foreign code may raise and a plugin be blamed for; an import that calls sys.exit() is one more broken plugin.
+_FAULTS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Entry:
             return None
         try:
             return self.offer.probe()
-        except Exception as error:  # a probe is foreign code; what it raises is its reason
+        except _FAULTS as error:  # a probe is foreign code; what it raises is its reason
             return f"its probe failed: {type(error).__name__}: {error}"
 
     def load(self) -> Any:
@@ -52,7 +53,7 @@ class Entry:
             for part in attribute.split("."):
                 value = getattr(value, part)
             return value
-        except Exception as error:
+        except _FAULTS as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.distribution} {self.version} cannot be loaded from "
                 f"{self.offer.target}: {type(error).__name__}: {error}",
@@ -68,7 +69,7 @@ class Quarantined:
     distribution: str
     version: str
     reason: str
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass
@@ -88,8 +89,6 @@ class Registry:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or Settings()
-        self._manager = pluggy.PluginManager("ruvllm")
-        self._manager.add_hookspecs(hookspecs)
         self._entries: list[Entry] = []
         self._modules: dict[str, ModuleType] = {}
         self.quarantined: list[Quarantined] = []
@@ -106,11 +105,11 @@ class Registry:
     def register(self, module: ModuleType, plugin: str, distribution: str, version: str) -> None:
         """Add a plugin's hooks module. One that breaks the rules is quarantined."""
         try:
-            self._entries += self._collect(module, plugin, distribution, version)
+            if plugin in self._modules:
+                raise PluginConflict(f"the plugin name {plugin} is taken by {self._owner(plugin)}")
+            self._entries += _collect(module, plugin, distribution, version)
             self._modules[plugin] = module
-        except Exception as error:
-            with contextlib.suppress(ValueError):
-                self._manager.unregister(module)
+        except _FAULTS as error:
             self._quarantine(plugin, distribution, version, error)
 
     def entries(self, kind: str) -> list[Entry]:
@@ -175,10 +174,14 @@ class Registry:
 
     def check_settings(self) -> None:
         """Check every plugin's settings. Raises `ConfigError`, also for settings of a plugin that is not there."""
-        known = {*self._modules, *(plugin.plugin for plugin in self.quarantined)}
+        quarantined = {name for out in self.quarantined for name in (out.plugin, out.distribution)}
+        known = quarantined.union(self._modules)
         for plugin in self._settings.plugins:
             if plugin not in known:
                 raise ConfigError(f"settings for plugin {plugin!r}, which is not installed", hint=near(plugin, known))
+        allowed = set(self._settings.plugin_allow or ())
+        for name in sorted(allowed - known - {entry.distribution for entry in self._entries}):
+            raise ConfigError(f"plugin_allow names {name!r}, which is not installed", hint=near(name, known))
         for plugin in self._modules:
             self.options(plugin)
 
@@ -198,8 +201,9 @@ class Registry:
         return rows
 
     def _register_entry_point(self, point: EntryPoint) -> None:
-        distribution = point.dist.name if point.dist else point.value
-        version = point.dist.version if point.dist else "unknown"
+        # A dist-info folder without its METADATA has neither name nor version.
+        distribution = (point.dist and point.dist.name) or point.value
+        version = (point.dist and point.dist.version) or "unknown"
         names = {point.name, distribution}
         allowed, blocked = self._settings.plugin_allow, self._settings.plugin_block
         if names & set(blocked):
@@ -209,39 +213,56 @@ class Registry:
         else:
             try:
                 module = point.load()
-            except (Exception, SystemExit) as error:
+            except _FAULTS as error:
                 self._quarantine(point.name, distribution, version, error)
             else:
                 self.register(module, point.name, distribution, version)
             return
         self.quarantined.append(Quarantined(point.name, distribution, version, reason))
 
-    def _collect(self, module: ModuleType, plugin: str, distribution: str, version: str) -> list[Entry]:
-        stated = getattr(module, "RUVLLM_API_VERSION", None)
-        if stated != API_VERSION:
-            written = "states no RUVLLM_API_VERSION" if stated is None else f"was written for API version {stated}"
-            raise PluginError(f"it {written}; this ruvllm has version {API_VERSION}")
-        self._manager.register(module, plugin)
-        self._manager.check_pending()
-        entries: list[Entry] = []
-        for kind in KINDS:
-            caller = getattr(self._manager.hook, kind)
-            for implementation in caller.get_hookimpls():
-                if implementation.plugin is not module:
-                    continue
-                offers = implementation.function()
-                if not isinstance(offers, Iterable):
-                    raise PluginError(f"its hook {kind} returned {type(offers).__name__}, not a list of Offer")
-                for offer in offers:
-                    if not isinstance(offer, Offer) or not offer.name or ":" not in offer.target:
-                        raise PluginError(f"its hook {kind} returned {offer!r}, which is no usable Offer")
-                    entries.append(Entry(kind, offer, plugin, distribution, version))
-        return entries
-
     def _quarantine(self, plugin: str, distribution: str, version: str, error: BaseException) -> None:
-        cause = error if isinstance(error, Exception) else RuntimeError(f"it tried to exit ({error})")
-        reason = str(cause) if isinstance(cause, PluginError) else f"{type(cause).__name__}: {cause}"
-        self.quarantined.append(Quarantined(plugin, distribution, version, reason, cause))
+        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        self.quarantined.append(Quarantined(plugin, distribution, version, reason, error))
+
+    def _owner(self, plugin: str) -> str:
+        owners = {f"{entry.distribution} {entry.version}" for entry in self._entries if entry.plugin == plugin}
+        return " and ".join(sorted(owners)) or "another package"
+
+
+def _collect(module: ModuleType, plugin: str, distribution: str, version: str) -> list[Entry]:
+    """A plugin's offers. Raises whatever is wrong with it."""
+    stated = getattr(module, "RUVLLM_API_VERSION", None)
+    if stated != API_VERSION:
+        written = "states no RUVLLM_API_VERSION" if stated is None else f"was written for API version {stated}"
+        raise PluginError(f"it {written}; this ruvllm has version {API_VERSION}")
+    settings = getattr(module, "Settings", BaseModel)
+    if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
+        raise PluginError("its Settings is no pydantic BaseModel")
+    manager = pluggy.PluginManager("ruvllm")  # one for each plugin: what one breaks, no other meets
+    manager.add_hookspecs(hookspecs)
+    manager.register(module, plugin)
+    manager.check_pending()
+    if not manager.get_hookcallers(module):
+        raise PluginError("it implements no hook; is @hookimpl missing?")
+    entries: list[Entry] = []
+    for kind in KINDS:
+        for implementation in getattr(manager.hook, kind).get_hookimpls():
+            offers = implementation.function()
+            if not isinstance(offers, Iterable):
+                raise PluginError(f"its hook {kind} returned {type(offers).__name__}, not a list of Offer")
+            for offer in offers:
+                if not _usable(offer):
+                    raise PluginError(f"its hook {kind} returned {offer!r}, which is no usable Offer")
+                entries.append(Entry(kind, offer, plugin, distribution, version))
+    return entries
+
+
+def _usable(offer: object) -> bool:
+    if not isinstance(offer, Offer):
+        return False
+    texts = all(isinstance(text, str) for text in (offer.name, offer.target, offer.summary))
+    probe = offer.probe is None or callable(offer.probe)
+    return texts and probe and isinstance(offer.priority, int) and bool(offer.name) and ":" in offer.target
 
 
 def _row(

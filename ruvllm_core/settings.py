@@ -117,7 +117,7 @@ class Settings(ModelFields):
 
     model_config = ConfigDict(extra="forbid")
 
-    cache_dir: Path = Path("~/.cache/ruvllm")
+    cache_dir: Path = Field(Path("~/.cache/ruvllm"), validate_default=True)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metal_device: int = Field(0, ge=0)
     offline: bool = False
@@ -136,7 +136,10 @@ class Settings(ModelFields):
 
     def with_model_config(self, config: ModelConfig) -> Settings:
         """A copy in which whatever `config` sets wins."""
-        return self.model_copy(update={name: getattr(config, name) for name in config.model_fields_set})
+        update = {name: getattr(config, name) for name in config.model_fields_set}
+        if "cache" in update:
+            update["cache"] = self.cache.model_copy(update=config.cache.model_dump(exclude_unset=True))
+        return self.model_copy(update=update)
 
 
 def load_settings(file: Path | None = None, **flags: Any) -> Settings:
@@ -174,7 +177,13 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
 
 
 def validate_options(model: type[BaseModel], values: Mapping[str, Any], plugin: str) -> BaseModel:
-    """A plugin's own settings through its own model. Raises `ConfigError`."""
+    """A plugin's own settings through its own model, which need not forbid unknown keys. Raises `ConfigError`."""
+    for key in values:
+        if key not in model.model_fields:
+            raise ConfigError(
+                f"settings of plugin {plugin}: there is no setting plugins.{plugin}.{key}",
+                hint=near(key, model.model_fields),
+            )
     return _validate(model, values, f"settings of plugin {plugin}", ("plugins", plugin))
 
 
@@ -198,7 +207,9 @@ def _check_environment(environment: Mapping[str, str]) -> None:
         if not variable.upper().startswith(ENV_PREFIX):
             continue
         path = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
-        known = _keys(Settings, path[:-1]) if path[0] != "plugins" else None
+        known = (
+            None if path[:1] == ("plugins",) or path[:2] == ("sampling", "logit_bias") else _keys(Settings, path[:-1])
+        )
         if path[0] not in Settings.model_fields:
             path, known = path[:1], list(Settings.model_fields)
         if known is not None and path[-1] not in known:

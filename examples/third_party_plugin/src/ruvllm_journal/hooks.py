@@ -1,0 +1,17 @@
+"""What ruvllm reads at discovery. It names the implementation and does not import it."""
+
+from pydantic import BaseModel
+from ruvllm_core.hookspecs import Offer, hookimpl
+
+RUVLLM_API_VERSION = 1
+
+
+class Settings(BaseModel):
+    """``[plugins.journal]`` of a configuration file."""
+
+    file: str = "journal.jsonl"
+
+
+@hookimpl
+def learning_loops() -> list[Offer]:
+    return [Offer("journal", "ruvllm_journal.journal:Journal", "every answer and its rating as lines of JSON")]
