@@ -40,7 +40,7 @@ def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_smollm2_answers_with_one_json_object() -> None:
-    command = ("run", "smollm2", "Why is the sky blue?", "--max-tokens", "20", *GREEDY, "--json")
+    command = ("run", "smollm2", "Why is the sky blue?", "--max-tokens", "20", *GREEDY, "--json", "--log-level", "info")
     result = subprocess.run([sys.executable, "-m", "ruvllm_core.cli.main", *command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
