@@ -158,7 +158,7 @@ def test_unexpected_bias_is_an_error(oracle: Any, sizes: Any, registry: Any) -> 
         ({"tie_word_embeddings": 1}, r"'tie_word_embeddings' should be true or false"),
         ({"hidden_act": "silly"}, r"activation 'silly' is not supported\n  did you mean silu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rope type 'dynamic' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, r"'rope_scaling\.factor' \(a number\) is missing"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"'rope_scaling\.factor' \(a finite number\) is missing"),
         ({"rope_scaling": [1]}, r"'rope_scaling' should be an object"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, r"factor is 0\.0, but must be positive"),
         ({"num_key_value_heads": 3}, r"4 query heads cannot share 3 key/value heads"),
