@@ -28,6 +28,7 @@ _COMMANDS = {
     "bench": "measure speed and memory",
     "perplexity": "how well a model predicts a text",
     "tokenize": "a text as token ids",
+    "completion": "a shell's completion script",
 }
 
 

@@ -68,13 +68,12 @@ class Sampler:
     def sample(self, logits: FloatArray) -> Sampled:
         """Draw a token from ``[V]`` logits and count it. Raises `GenerationError` if no token is possible."""
         adjusted = self.adjust(logits)
+        if not np.isfinite(adjusted.max()):  # the maximum of anything with a NaN in it is NaN
+            raise GenerationError("the model's logits are NaN, infinite, or leave no token to choose")
         if self._params.temperature == 0.0:
             token = int(np.argmax(adjusted))
         else:
             token = self.distribution(adjusted).draw(float(self._random.random()))
-        # NaN wins np.argmax, and a NaN anywhere makes every probability NaN: this one check finds either.
-        if not np.isfinite(adjusted[token]):
-            raise GenerationError("the model's logits are NaN or leave no token to choose")
         sampled = self._describe(adjusted, token) if self._params.logprobs is not None else Sampled(token)
         self.count(token)
         return sampled
@@ -148,4 +147,5 @@ class Sampler:
 
 def _descending(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
     """`ids` by falling score, ties by id, so that the order never depends on how they were found."""
-    return ids[np.lexsort((ids, -scores[ids]))].astype(np.int64)
+    ordered: npt.NDArray[np.int64] = ids[np.lexsort((ids, -scores[ids]))].astype(np.int64)
+    return ordered

@@ -233,6 +233,9 @@ def _gguf_rope(fields: Fields, tensor: TensorLookup) -> RopeScaling:
         # For yarn this multiplies the factor of its own rule; elsewhere it is the whole factor.
         rule = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1.0 else 1.0
         attention = fields.number("rope.scaling.attn_factor") * rule
+    frequencies = _factors(tensor, "rope_freqs.weight")
+    if frequencies and kind != "none":
+        raise ModelError(f"the tensor 'rope_freqs.weight' together with {kind} rope scaling is not supported")
     return RopeScaling(
         kind=kind,
         factor=factor,
@@ -240,7 +243,7 @@ def _gguf_rope(fields: Fields, tensor: TensorLookup) -> RopeScaling:
         beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=attention,
-        freq_factors=_factors(tensor, "rope_freqs.weight"),
+        freq_factors=frequencies,
         short_factors=short,
         long_factors=long,
     )

@@ -62,7 +62,7 @@ class ModelRef:
             _check_file(text, file)
         if ".." in match["repo"] or "--" in match["repo"] or match["repo"].endswith((".git", "-", ".")):
             raise ModelNotFound(f"{match['repo']} cannot be a hub id: it has '..' or '--', or ends in '.', '-' or .git")
-        if match["revision"] is not None and ".." in match["revision"]:
+        if match["revision"] is not None and (".." in match["revision"] or match["revision"].startswith("/")):
             raise ModelNotFound(f"{match['revision']} cannot be a revision in {text}")
         return cls("hub", text, repo=match["repo"], revision=match["revision"], file=file)
 
@@ -82,7 +82,7 @@ def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | No
             raise ModelNotFound(f"{where} has no file {wanted}", hint=near(wanted, ggufs))
         chosen = wanted
     else:
-        named = [name for name in ggufs if quantization and _tagged(name, quantization)]
+        named = [name for name in ggufs if quantization and names_quantization(name, quantization)]
         if len(ggufs) > 1 and len(named) != 1:
             raise ModelError(
                 f"{where} has several GGUF files: {', '.join(ggufs)}",
@@ -138,8 +138,8 @@ def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool 
     )
 
 
-def _tagged(name: str, quantization: str) -> bool:
-    """Whether a file name carries a quantization, as in ``model-Q4_K_M.gguf``: q4_k must not match there."""
+def names_quantization(name: str, quantization: str) -> bool:
+    """Whether a file name carries a quantization: ``model-Q4_K_M.gguf`` carries q4_k_m, and not q4_k."""
     return re.search(rf"(?<![a-z0-9]){re.escape(quantization.lower())}(?![a-z0-9_])", name.lower()) is not None
 
 

@@ -14,7 +14,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -207,5 +207,5 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     return TensorEntry(dtype, tuple(shape), base + start, base + stop)
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -13,6 +13,9 @@ from ruvllm_core.errors import ModelError
 RopeKind = Literal["none", "linear", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
+#: Far above any real model; keeps a damaged file from asking for billions of tensor names.
+MAX_LAYERS = 4096
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -42,6 +45,17 @@ class RopeScaling:
     freq_factors: tuple[float, ...] = ()
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise ModelError(f"rope scaling: factor is {self.factor}, but must be positive")
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_context < 2:
+            raise ModelError(f"rope scaling: original context is {self.original_context}, {self.kind} needs a real one")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ModelError(
+                f"rope scaling: high_freq_factor {self.high_freq_factor} must exceed "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,12 +117,16 @@ class ModelSpec:
         for name, value in counts.items():
             if value <= 0:
                 raise ModelError(f"{self.architecture}: {name} is {value}, but must be positive")
+        if self.num_layers > MAX_LAYERS:
+            raise ModelError(f"{self.architecture}: {self.num_layers} layers are more than any model has")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"{self.architecture}: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads"
             )
         if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             raise ModelError(f"{self.architecture}: rope_dim {self.rope_dim} must be even and at most {self.head_dim}")
+        if self.rope_theta <= 1.0:
+            raise ModelError(f"{self.architecture}: rope_theta is {self.rope_theta}, but must exceed 1")
         if not 0.0 < self.norm_eps < 1.0:
             raise ModelError(f"{self.architecture}: norm_eps is {self.norm_eps}, expected a small positive number")
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -156,7 +174,6 @@ class TensorSource:
         gguf: name in a GGUF file.
         shape: expected row-major shape.
         hf_rows, gguf_rows: the rows ``[start, stop)`` to take where the file fuses several tensors into one.
-        optional: may be missing (a bias, say); otherwise a missing tensor is an error.
     """
 
     hf: str
@@ -164,7 +181,6 @@ class TensorSource:
     shape: tuple[int, ...]
     hf_rows: tuple[int, int] | None = None
     gguf_rows: tuple[int, int] | None = None
-    optional: bool = False
 
 
 def llama_tensor_names(spec: ModelSpec) -> dict[str, TensorSource]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ruvllm_core.errors import ModelError, ModelNotFound, near
 from ruvllm_core.model import smollm2
-from ruvllm_core.model.hub import hub_dir, is_whole
+from ruvllm_core.model.hub import hub_dir, is_whole, repo_dir, snapshot_folder
 from ruvllm_core.model.ref import ModelRef
 from ruvllm_core.settings import Settings
 
@@ -21,7 +21,7 @@ class ModelEntry:
     Attributes:
         name: what `resolve` and `remove_model` know it by.
         path: its GGUF file or folder.
-        bytes: size on disk; files that two revisions share count for both.
+        bytes: its size; a file that two revisions share counts for both.
         format: ``gguf``, ``safetensors``, or ``incomplete`` (a download that was cut off, or a tokenizer alone).
         source: ``package`` (came with an installed package) or ``cache``.
         revision: commit of a hub model.
@@ -37,19 +37,17 @@ class ModelEntry:
 
 def list_models(settings: Settings) -> list[ModelEntry]:
     """All models of the cache folder, and smollm2 if its package is installed, by name."""
-    entries: list[ModelEntry] = []
-    package, copy = smollm2.installed(), smollm2.cached(settings.cache_dir)
-    if package is not None:
-        entries.append(ModelEntry("smollm2", package, package.stat().st_size, "gguf", "package"))
-    if copy is not None:
-        entries.append(ModelEntry("smollm2", copy, copy.stat().st_size, "gguf", "cache"))
-    for repo in sorted(hub_dir(settings).glob("models--*--*")):
+    entries = []
+    for path, source in ((smollm2.installed(), "package"), (smollm2.cached(settings.cache_dir), "cache")):
+        if path is not None:
+            entries.append(ModelEntry("smollm2", path, path.stat().st_size, "gguf", source))
+    for repo in hub_dir(settings).glob("models--*--*"):
         entries += _of_repo(repo)
     return sorted(entries, key=lambda entry: (entry.name, entry.source))
 
 
 def find_models(name: str, settings: Settings) -> list[ModelEntry]:
-    """The entries that `remove_model` would delete.
+    """The entries that `remove_model` would delete: all of a repository, one revision of it, or one GGUF file.
 
     Raises `ModelNotFound` if there are none, and `ModelError` for a model that is not in the cache folder.
     """
@@ -59,112 +57,108 @@ def find_models(name: str, settings: Settings) -> list[ModelEntry]:
             f"{name} is a file or folder of yours; only what was downloaded into {settings.cache_dir} is deleted"
         )
     entries = list_models(settings)
-    if model.kind == "short":
-        found = [entry for entry in entries if entry.name == name and entry.source == "cache"]
-        if not found and any(entry.name == name for entry in entries):
-            raise ModelError(
-                f"{name} came with the installed package {smollm2.PACKAGE}", hint=f"pip uninstall {smollm2.PACKAGE}"
-            )
-    else:
-        found = [entry for entry in entries if entry.source == "cache" and _matches(model, entry)]
-    if not found:
-        names = sorted({entry.name for entry in entries if entry.source == "cache"})
-        raise ModelNotFound(f"no model {name} in {settings.cache_dir}", hint=near(name, names))
-    return found
+    found = [entry for entry in entries if entry.source == "cache" and _is_meant(entry, model, settings)]
+    if found:
+        return found
+    if any(entry.name == name for entry in entries):
+        raise ModelError(
+            f"{name} came with the installed package {smollm2.PACKAGE}", hint=f"pip uninstall {smollm2.PACKAGE}"
+        )
+    names = {entry.name for entry in entries if entry.source == "cache"}
+    raise ModelNotFound(f"there is no model {name} in {settings.cache_dir}", hint=near(name, names))
 
 
-def remove_model(name: str, settings: Settings) -> list[ModelEntry]:
-    """Delete what was downloaded of a model: a repository, one revision of it, or one GGUF file.
+def remove_model(name: str, settings: Settings) -> tuple[list[ModelEntry], int]:
+    """Delete what `find_models` finds. Returns it, and the bytes that this frees.
 
-    Contents that another revision needs stay. Returns what was deleted; raises as `find_models` does, and `ModelError`
-    if a link leads out of the cache folder.
+    Contents that another revision needs stay. Raises as `find_models` does, and `ModelError`, before anything is
+    deleted, if a link leads out of the cache folder.
     """
     found = find_models(name, settings)
     model = ModelRef.parse(name)
+    folder = repo_dir(model.repo, settings) if model.repo else settings.cache_dir / "smollm2"
+    before = _size(folder)
     try:
         if model.repo is None:
             for entry in found:
                 _inside(entry.path, settings).unlink()
-            return found
-        repo = hub_dir(settings) / ("models--" + model.repo.replace("/", "--"))
-        _inside(repo, settings)
-        if model.file is None and model.revision is None:
-            shutil.rmtree(repo)
-        elif model.file is None:
-            _remove_snapshots(repo, {entry.revision for entry in found if entry.revision}, settings)
+        elif model.file is None and model.revision is None:
+            shutil.rmtree(_inside(folder, settings))
+        elif model.file is not None:
+            _remove_files(folder, [entry.path for entry in found], settings)
         else:
-            _remove_files(repo, [entry.path for entry in found], settings)
+            snapshot = folder / "snapshots" / str(found[0].revision)
+            _remove_files(folder, [path for path in snapshot.rglob("*") if not path.is_dir()], settings)
     except OSError as error:
         raise ModelError(f"cannot delete {name}: {error}") from None
-    return found
+    return found, before - _size(folder)
 
 
 def _of_repo(repo: Path) -> Iterator[ModelEntry]:
     name = repo.name.removeprefix("models--").replace("--", "/", 1)
-    refs = {
-        path.read_text(encoding="utf-8").strip(): path.relative_to(repo / "refs").as_posix()
-        for path in sorted((repo / "refs").rglob("*"), reverse=True)
-        if path.is_file()
-    }
-    snapshots = [path for path in sorted((repo / "snapshots").glob("*")) if path.is_dir()]
+    refs: dict[str, str] = {}
+    for path in sorted((repo / "refs").rglob("*")):
+        if path.is_file():
+            ref = path.relative_to(repo / "refs").as_posix()
+            commit = path.read_text(encoding="utf-8").strip()
+            refs[commit] = ref if ref == "main" else refs.get(commit, ref)
+    snapshots = [path for path in (repo / "snapshots").glob("*") if path.is_dir()]
     if not snapshots:
-        yield ModelEntry(name, repo, _size(repo.rglob("*")), "incomplete", "cache")
+        yield ModelEntry(name, repo, _size(repo), "incomplete", "cache")
     for snapshot in snapshots:
         commit = snapshot.name
-        branch = refs.get(commit, commit)
-        full = name if branch == "main" else f"{name}@{branch}"
+        ref = refs.get(commit, commit)
+        full = name if ref == "main" else f"{name}@{ref}"
         files = [path for path in sorted(snapshot.rglob("*")) if path.is_file()]
         ggufs = [path for path in files if path.suffix.lower() == ".gguf"]
         for path in ggufs:
             inner = path.relative_to(snapshot).as_posix()
             yield ModelEntry(f"{full}:{inner}", path, path.stat().st_size, "gguf", "cache", commit)
-        others = [path for path in files if path not in ggufs]
-        if others and (is_whole(snapshot) or not ggufs):
+        if is_whole(snapshot) or not ggufs:
+            size = sum(path.stat().st_size for path in files if path not in ggufs)
             kind = "safetensors" if is_whole(snapshot) else "incomplete"
-            yield ModelEntry(full, snapshot, _size(others), kind, "cache", commit)
+            yield ModelEntry(full, snapshot, size, kind, "cache", commit)
 
 
-def _matches(model: ModelRef, entry: ModelEntry) -> bool:
-    listed = ModelRef.parse(entry.name)
-    if listed.repo != model.repo:
+def _is_meant(entry: ModelEntry, model: ModelRef, settings: Settings) -> bool:
+    if model.repo is None:
+        return entry.name == model.text
+    if model.file is None and model.revision is None:
+        repo = repo_dir(model.repo, settings)
+        return repo == entry.path or repo in entry.path.parents
+    snapshot = snapshot_folder(model, settings)
+    if snapshot is None or entry.revision != snapshot.name or snapshot.parent.parent not in entry.path.parents:
         return False
-    if model.file is not None and listed.file != model.file:
-        return False
-    if model.revision is None:
-        # A file without a revision is that of the default branch, a repository without one all there is of it.
-        return model.file is None or listed.revision is None
-    return model.revision in (listed.revision or "main", entry.revision)
-
-
-def _remove_snapshots(repo: Path, commits: set[str], settings: Settings) -> None:
-    for commit in commits:
-        snapshot = repo / "snapshots" / commit
-        _remove_files(repo, [path for path in snapshot.rglob("*") if not path.is_dir()], settings)
-        shutil.rmtree(_inside(snapshot, settings), ignore_errors=False)
-    for ref in [path for path in (repo / "refs").rglob("*") if path.is_file()]:
-        if ref.read_text(encoding="utf-8").strip() in commits:
-            ref.unlink()
-    if not any((repo / "snapshots").iterdir()):
-        shutil.rmtree(repo)
+    return model.file is None or entry.path == snapshot / model.file
 
 
 def _remove_files(repo: Path, files: list[Path], settings: Settings) -> None:
-    """Delete links of snapshots, and the blobs that no other link needs."""
-    blobs = {path: _inside(path, settings) for path in files}
+    """Delete links of snapshots and the blobs that no other link needs, then snapshots and refs that stand empty."""
+    blobs = {_inside(path, settings) for path in files}
     for path in files:
         path.unlink()
-    needed = {path.resolve() for path in (repo / "snapshots").rglob("*") if path.is_symlink()}
-    for blob in set(blobs.values()) - needed:
+    snapshots = repo / "snapshots"
+    for blob in blobs - {path.resolve() for path in snapshots.rglob("*") if path.is_symlink()}:
         blob.unlink(missing_ok=True)
+    for snapshot in list(snapshots.iterdir()):
+        if not any(path.is_file() for path in snapshot.rglob("*")):
+            shutil.rmtree(snapshot)
+    for ref in [path for path in (repo / "refs").rglob("*") if path.is_file()]:
+        if not (snapshots / ref.read_text(encoding="utf-8").strip()).is_dir():
+            ref.unlink()
+    if not any(snapshots.iterdir()):
+        shutil.rmtree(repo)
 
 
 def _inside(path: Path, settings: Settings) -> Path:
-    """`path` with links followed, if that is inside the cache folder. Raises `ModelError` otherwise."""
+    """`path` with links followed. Raises `ModelError` unless that is inside the cache folder."""
     target, root = path.resolve(), settings.cache_dir.resolve()
     if root not in target.parents:
-        raise ModelError(f"{path} leads out of the cache folder, to {target}; nothing was deleted")
+        raise ModelError(f"{path} leads out of the cache folder, to {target}: nothing was deleted")
     return target
 
 
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
+def _size(folder: Path) -> int:
+    """Bytes of the files below `folder`; links count nothing."""
+    files: Iterable[Path] = folder.rglob("*")
+    return sum(path.lstat().st_size for path in files if path.is_file() and not path.is_symlink())

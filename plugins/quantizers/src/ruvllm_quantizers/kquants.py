@@ -102,7 +102,8 @@ class _Columns:
 
     def per_block(self, columns: Floats) -> Floats:
         """Sums over the sub-blocks of each super-block, ``[n, 1]``."""
-        return columns.reshape(self.n, self.groups).sum(axis=1, keepdims=True)
+        sums: Floats = columns.reshape(self.n, self.groups).sum(axis=1, keepdims=True)
+        return sums
 
     def storable(self, factor: Floats) -> tuple[Floats, Floats]:
         """`factor` as half precision can hold it: in units of the input, and in normalized units."""
@@ -204,7 +205,7 @@ def _symmetric(blocks: Floats, *, size: int, half: int, scale_half: int, widths:
     c = _Columns(blocks, size)
     scale = _search_symmetric(c, half, widths).reshape(c.n, -1)
     index = np.abs(scale).argmax(axis=1)[:, None]
-    d_out, d = c.storable(np.take_along_axis(scale, index, axis=1) / -scale_half)
+    d_out, d = c.storable(np.take_along_axis(scale, index, axis=1) / np.float32(-scale_half))
     scales = np.clip(np.rint(scale * inverse(d)), -scale_half, scale_half - 1)
     a = scales.reshape(-1)
 

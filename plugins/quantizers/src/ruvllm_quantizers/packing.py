@@ -16,13 +16,13 @@ def pack_nibbles(quants: Bytes, run: int) -> Bytes:
     """``[n, 2k]`` values below 16 → ``[n, k]``; of each ``2 * run`` values the second half becomes the high nibbles."""
     groups = quants.reshape(len(quants), -1, 2, run)
     packed: Bytes = groups[:, :, 0] | (groups[:, :, 1] << np.uint8(4))
-    return packed.reshape(len(quants), -1)
+    return packed.reshape(len(quants), groups.shape[1] * run)
 
 
 def pack_planes(quants: Bytes, planes: int, bits: int) -> Bytes:
     """``[n, planes * k]`` values below ``2**bits`` → ``[n, k]``; plane ``p`` is shifted left by ``p * bits``."""
     parts = quants.reshape(len(quants), planes, -1)
-    packed = parts[:, 0].copy()
+    packed: Bytes = parts[:, 0].copy()
     for plane in range(1, planes):
         packed |= parts[:, plane] << np.uint8(plane * bits)
     return packed

@@ -27,7 +27,8 @@ def encode_bf16(blocks: Floats) -> Bytes:
     """Round to nearest, ties to even. Inputs are finite, so the carry cannot run into a NaN."""
     bits = np.ascontiguousarray(blocks).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return rounded.astype("<u2").view(np.uint8)
+    encoded: Bytes = rounded.astype("<u2").view(np.uint8)
+    return encoded
 
 
 def encode_q4_0(blocks: Floats) -> Bytes:

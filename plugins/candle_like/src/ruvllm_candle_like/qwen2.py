@@ -1,0 +1,52 @@
+"""Qwen 2 and 2.5 (arXiv 2407.10671, 2412.15115): Llama with biases on query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ruvllm_core.errors import ModelError
+from ruvllm_core.model.config_fields import Fields, gguf_common, hf_common
+from ruvllm_core.model.spec import ModelSpec, TensorSource, llama_tensor_names
+from ruvllm_core.protocols import TensorLookup
+
+
+class Qwen2:
+    name = "qwen2"
+    hf_names = ("Qwen2ForCausalLM",)
+    gguf_names = ("qwen2",)
+
+    def spec_from_hf(self, config: Mapping[str, Any]) -> ModelSpec:
+        fields, common = Fields(config), hf_common(config)
+        layers = _sliding_layers(config, common["num_layers"])
+        return ModelSpec(
+            architecture=self.name,
+            **common,
+            qkv_bias=True,
+            sliding_window=fields.integer("sliding_window", 4096) if any(layers) else None,
+            sliding_layers=layers if any(layers) else (),
+        )
+
+    def spec_from_gguf(self, metadata: Mapping[str, Any], tensor: TensorLookup) -> ModelSpec:
+        return ModelSpec(architecture=self.name, **gguf_common(metadata, tensor), qkv_bias=True)
+
+    def tensor_names(self, spec: ModelSpec) -> Mapping[str, TensorSource]:
+        return llama_tensor_names(spec)
+
+
+def _sliding_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    """Which layers have a window: as ``layer_types`` says, or all from ``max_window_layers`` on."""
+    fields = Fields(config)
+    if not fields.flag("use_sliding_window", False):
+        return (False,) * num_layers
+    types = fields.raw("layer_types")
+    if types is None:
+        first = fields.integer("max_window_layers", 28)
+        return tuple(layer >= first for layer in range(num_layers))
+    known = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(types, list) or any(kind not in known for kind in types):
+        raise ModelError(f"layer_types should list {' or '.join(known)} for each layer, found {types!r}")
+    return tuple(known[kind] for kind in types)
+
+
+QWEN2 = Qwen2()

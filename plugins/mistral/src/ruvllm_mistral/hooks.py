@@ -1,0 +1,12 @@
+"""What this plugin registers: the Mistral family."""
+
+from __future__ import annotations
+
+from ruvllm_core.hookspecs import API_VERSION, Offer, hookimpl
+
+RUVLLM_API_VERSION = API_VERSION
+
+
+@hookimpl
+def architectures() -> list[Offer]:
+    return [Offer("mistral", "ruvllm_mistral.mistral:MISTRAL", "Mistral 7B, Nemo and Small")]

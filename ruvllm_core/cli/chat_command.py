@@ -1,0 +1,69 @@
+"""``ruvllm chat``: talk with a model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import click
+
+from ruvllm_core.cli.app import App, pass_app, setting
+from ruvllm_core.cli.chat import MULTI_LINE, Chat
+from ruvllm_core.cli.options import model_options, sampling_options, sampling_params
+from ruvllm_core.errors import RuvLLMError
+
+
+@click.command("chat")
+@click.argument("model", required=False)
+@setting("run.system", "--system", metavar="TEXT", help="System message.")
+@model_options
+@sampling_options
+@pass_app
+def command(app: App, model: str | None) -> None:
+    """Talk with MODEL. Ctrl-C stops an answer, Ctrl-D ends; /help lists what else there is.
+
+    Answers go to stdout and everything else to stderr; messages can be piped in, too.
+    """
+    if model:
+        app.set("model", model)
+    sampling_params(app.settings)  # nonsense is refused before a model is loaded
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # line editing, where Python has it
+            import readline  # noqa: F401
+    else:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    from ruvllm_core.generate.engine import Engine
+
+    with Engine.load(settings=app.settings, registry=app.registry) as engine:
+        chat = Chat(engine, app.settings)
+        if terminal:
+            click.echo(
+                f"{engine.info.model}, {engine.info.max_context} tokens. /help, Ctrl-D ends. {MULTI_LINE}", err=True
+            )
+        while chat.open:
+            try:
+                text = _read("> " if terminal else "", "… " if terminal else "")
+                chat.enter(text)
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+                click.echo(err=True)
+            except RuvLLMError as error:
+                click.echo(f"error: {error}", err=True)
+
+
+def _read(prompt: str, more: str) -> str:
+    """A message of one line or several (see `MULTI_LINE`). Raises `EOFError` if there is none."""
+    text = input(prompt)
+    block = text.startswith('"""')
+    if block:
+        text = text[3:]
+    try:
+        while not text.rstrip().endswith('"""') if block else text.endswith("\\"):
+            text = (text if block else text[:-1]) + "\n" + input(more)
+    except EOFError:
+        return text
+    return text.rstrip()[:-3].strip("\n") if block else text

@@ -1,0 +1,188 @@
+"""Opens a model: finds its family, reads its spec, and maps its tensors to canonical names without copying them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, near
+from ruvllm_core.log import get_logger
+from ruvllm_core.model.dequant import count_non_finite
+from ruvllm_core.model.gguf import GGUFFile
+from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.safetensors import SafetensorsFolder, read_json
+from ruvllm_core.model.spec import ModelSpec, TensorSource
+
+if TYPE_CHECKING:
+    from ruvllm_core.model.tokenizer import Tokenizer
+    from ruvllm_core.protocols import Architecture
+    from ruvllm_core.registry import Registry
+
+_log = get_logger("loader")
+
+# Tables that follow from the spec. Any other surplus tensor of a layer means a model that we would compute wrongly.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn_rot_embd\.weight$|^rope_(freqs|factors_short|factors_long)\.weight$")
+_MATTERS = re.compile(r"(^|\.)(layers|blk)\.\d+\.|\.bias$")
+
+
+@dataclass
+class ModelFile:
+    """An open model. Weights are views of memory-mapped files, unless `quantize` has replaced them.
+
+    Attributes:
+        path: the ``.gguf`` file or the folder.
+        spec: what a decoder needs to know.
+        weights: tensors by canonical name (see `ruvllm_core.model.spec.llama_tensor_names`).
+        sources: where each of them is found.
+        file_bytes: size of all weight files.
+    """
+
+    path: Path
+    spec: ModelSpec
+    weights: dict[str, QuantTensor]
+    sources: Mapping[str, TensorSource]
+    file_bytes: int
+
+    @property
+    def scheme(self) -> str:
+        """The scheme that most weight bytes are in."""
+        nbytes: Counter[str] = Counter()
+        for tensor in self.weights.values():
+            nbytes[tensor.scheme] += tensor.nbytes
+        return nbytes.most_common(1)[0][0] if nbytes else "none"
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that comes with the model. Raises `TokenizerError` if it is missing or does not fit."""
+        from ruvllm_core.model.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(self.path)
+        tokenizer.check_vocab(self.spec.vocab_size)
+        return tokenizer
+
+    def check_finite(self) -> None:
+        """Raise `FormatError` if a scale, or a value of a float tensor, is NaN or infinite. Reads all weights once."""
+        for name, tensor in self.weights.items():
+            if bad := count_non_finite(tensor):
+                raise FormatError(
+                    f"{self.path}: tensor '{name}' ({tensor.scheme}) has {bad} values or scales NaN or infinite",
+                    hint="the file is damaged: download or convert it again",
+                )
+
+    def close(self) -> None:
+        """Let go of the weights; the last view to die unmaps the files."""
+        self.weights = {}
+
+
+def open_model(path: Path, registry: Registry) -> ModelFile:
+    """Open a ``.gguf`` file, or a Hugging Face folder with ``config.json`` and safetensors.
+
+    Raises:
+        ModelNotFound: there is no model at `path`.
+        FormatError: a file breaks its format, or a tensor is missing or of another shape than the spec needs.
+        ModelError: the family is unknown, or its configuration wrong or not supported; names file and field.
+    """
+    return _open_folder(path, registry) if path.is_dir() else _open_gguf(path, registry)
+
+
+def _open_gguf(path: Path, registry: Registry) -> ModelFile:
+    file = GGUFFile.open(path)
+    if (parts := file.get("split.count", int, 1)) > 1:
+        raise ModelError(
+            f"{path} is one of {parts} parts of a split model, which cannot be read",
+            hint="join them with llama.cpp's `llama-gguf-split --merge`, or take an unsplit file",
+        )
+
+    def lookup(name: str) -> QuantTensor | None:
+        return file.tensor(name) if name in file.tensors else None
+
+    family = _family(path, registry, file.require("general.architecture", str), "gguf_names")
+    spec = _read_spec(path, lambda: family.spec_from_gguf(file.metadata, lookup))
+    sources = family.tensor_names(spec)
+    placed = {name: (source.gguf, source.gguf_rows) for name, source in sources.items()}
+    weights = _map(path, file.tensors, file.tensor, sources, placed)
+    return ModelFile(path, spec, weights, sources, path.stat().st_size)
+
+
+def _open_folder(path: Path, registry: Registry) -> ModelFile:
+    config_path = path / "config.json"
+    if not config_path.exists():
+        inside = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"name one of its files: {', '.join(inside)}" if inside else "a model folder holds config.json"
+        raise ModelNotFound(f"{path} has no config.json", hint=hint)
+    config = read_json(config_path)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelError(f"{config_path}: 'architectures' should name the model's class, found {names!r}")
+    if isinstance(quantization := config.get("quantization_config"), dict):
+        method = quantization.get("quant_method", "an unnamed method")
+        raise ModelError(
+            f"{config_path}: weights quantized with {method} cannot be read",
+            hint="take the unquantized model, or a GGUF file of it",
+        )
+    family = _family(config_path, registry, names[0], "hf_names")
+    spec = _read_spec(config_path, lambda: family.spec_from_hf(config))
+    sources = family.tensor_names(spec)
+    tensors = SafetensorsFolder(path)
+    placed = {name: (source.hf, source.hf_rows) for name, source in sources.items()}
+    weights = _map(path, tensors, tensors.__getitem__, sources, placed)
+    return ModelFile(path, spec, weights, sources, tensors.nbytes)
+
+
+def _family(path: Path, registry: Registry, name: str, attribute: str) -> Architecture:
+    known: dict[str, Architecture] = {
+        alias: family for family in registry.load_all("architectures") for alias in getattr(family, attribute)
+    }
+    if name not in known:
+        raise ModelError(f"{path}: no installed plugin knows the model family {name!r}", hint=near(name, known))
+    return known[name]
+
+
+def _read_spec(path: Path, read: Callable[[], ModelSpec]) -> ModelSpec:
+    try:
+        return read()
+    except ModelError as error:
+        raise type(error)(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def _map(
+    path: Path,
+    names: Collection[str],
+    read: Callable[[str], QuantTensor],
+    sources: Mapping[str, TensorSource],
+    placed: Mapping[str, tuple[str, tuple[int, int] | None]],
+) -> dict[str, QuantTensor]:
+    """Canonical tensors: `placed` says in which tensor of the file each is, and which of its rows it is."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for canonical, (name, rows) in placed.items():
+        shape = sources[canonical].shape
+        if rows is not None:
+            shape = (max(rows[1], expected[name][0] if name in expected else 0), *shape[1:])
+        expected[name] = shape
+    found: dict[str, QuantTensor] = {}
+    for name, shape in expected.items():
+        if name not in names:
+            raise FormatError(
+                f"{path}: the tensor '{name}' is missing",
+                hint="the download is incomplete, or the configuration is of another model",
+            )
+        found[name] = read(name)
+        if found[name].shape != shape:
+            raise FormatError(
+                f"{path}: the tensor '{name}' should have the shape {shape}, found {found[name].shape}",
+                hint="the configuration is of another model, or the model of a variant that its family does not have",
+            )
+    for name in names:
+        if name in expected or _DERIVED.search(name):
+            continue
+        if _MATTERS.search(name):
+            raise FormatError(
+                f"{path}: the tensor '{name}' has no place in this model family, and leaving it out would change "
+                "what the model says",
+                hint="the model is of a variant that its family does not have here",
+            )
+        _log.debug("tensor not used", path=str(path), tensor=name)
+    return {c: found[name] if rows is None else found[name].rows(*rows) for c, (name, rows) in placed.items()}
