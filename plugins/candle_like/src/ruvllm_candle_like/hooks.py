@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from ruvllm_candle_like.settings import CandleSettings
+
 from ruvllm_core.hookspecs import Offer, hookimpl
 
 RUVLLM_API_VERSION = 1
+Settings = CandleSettings
 
 
 @hookimpl
