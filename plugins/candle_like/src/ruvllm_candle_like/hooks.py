@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ruvllm_candle_like.settings import CandleSettings
-
 from ruvllm_core.hookspecs import Offer, hookimpl
 
 RUVLLM_API_VERSION = 1
