@@ -10,7 +10,7 @@ import structlog
 
 
 def configure_logging(level: str) -> None:
-    """Send events of `level` and above to stderr. Called by the command line; libraries leave it to their users."""
+    """Send events of `level` and above to stderr."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -25,5 +25,10 @@ def configure_logging(level: str) -> None:
 
 
 def get_logger(name: str) -> Any:
-    """A logger that writes key/value events; `name` says which part of ruvllm speaks."""
+    """A logger that writes key/value events; `name` says which part of ruvllm speaks.
+
+    A program that does not configure structlog hears warnings and errors only.
+    """
+    if not structlog.is_configured():
+        configure_logging("warning")
     return structlog.get_logger(part=name)

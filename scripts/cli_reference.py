@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,14 +48,15 @@ def reference() -> str:
 
 def _paragraphs(text: str) -> str:
     text = inspect.cleandoc(text.replace("\b\n", "")).partition("\f")[0]
-    return re.sub(r"[*<>|]", r"\\\g<0>", text) + "\n"
+    return text.replace("<", "\\<") + "\n"
 
 
 def _row(option: click.Option, context: click.Context) -> str:
     names = ", ".join(f"`{name}`" for name in sorted(option.opts + option.secondary_opts, key=len))
     values = "" if option.is_flag or option.count else f" {option.make_metavar(context)}"
     default = f" (default {option.default})" if option.show_default else ""
-    return f"| {names}{values} | {option.help or ''}{default} |".replace(" |", " |").replace("[", "\\[")
+    cells = (f"{names}{values}", f"{option.help or ''}{default}")
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "\\<") for cell in cells) + " |"
 
 
 def main() -> None:
