@@ -215,8 +215,7 @@ def test_defaults_in_the_readme_are_those_of_the_code() -> None:
     assert {"cache_dir", "log_level", "metal_device"} <= set(described)
     for name, default in leaves(Settings).items():
         if name in described:
-            expected = {None: "none", False: "false"}.get(default, str(default)) if default != [] else "none"
-            assert described[name] == expected
+            assert described[name] == ("none" if default in (None, []) else as_toml(default).strip('`"'))
 
 
 def test_extras_are_described_as_they_are() -> None:
