@@ -99,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     config = ModelConfig(max_context=1024, threads=args.threads)
     with Engine.load(args.model, settings=Settings(), config=config) as engine:
-        peer = LlamaCpp(engine.info.path, 1024, args.threads)
+        peer = LlamaCpp(engine.info.path, 1024, args.threads, repack=False)
         differences = greedy_differences(engine, peer, args.tokens)
         ids = engine.tokenizer.encode(args.text.read_text(encoding="utf-8"))
         ours, theirs = perplexities(engine, peer, ids, args.windows)
