@@ -10,14 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import ruvllm_quantizers.hooks
 from click.testing import CliRunner, Result
-from ruvllm_quantizers.command import command
-from ruvllm_quantizers.convert import convert
-from ruvllm_quantizers.encode import quantize
-from ruvllm_quantizers.recipes import RECIPES
-from ruvllm_quantizers.source import gguf_source
 
+import ruvllm_quantizers.hooks
 from ruvllm_core.cli.app import App
 from ruvllm_core.errors import FormatError, ModelNotFound, PluginError, QuantizationError
 from ruvllm_core.model.gguf import GGUFFile
@@ -25,6 +20,11 @@ from ruvllm_core.model.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import Settings
+from ruvllm_quantizers.command import command
+from ruvllm_quantizers.convert import convert
+from ruvllm_quantizers.encode import quantize
+from ruvllm_quantizers.recipes import RECIPES
+from ruvllm_quantizers.source import gguf_source
 
 LAYERS, HIDDEN, INNER, VOCAB = 8, 256, 512, 300
 
