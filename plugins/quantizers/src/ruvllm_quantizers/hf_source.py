@@ -125,7 +125,9 @@ def _rope_metadata(spec: ModelSpec) -> dict[str, Any]:
     scaling = spec.rope_scaling
     if scaling.kind in ("none", "llama3"):  # the factors of llama3 are a tensor
         return {}
-    fields: dict[str, Any] = {"type": scaling.kind, "factor": scaling.factor}
+    fields: dict[str, Any] = {"type": scaling.kind}
+    if scaling.kind != "longrope":  # whose factors say it all: readers would slow all frequencies by this one as well
+        fields["factor"] = scaling.factor
     if scaling.kind != "linear":
         fields["original_context_length"] = scaling.original_context
     if scaling.kind == "yarn":

@@ -125,6 +125,12 @@ def _round(x: Floats, factor: Floats, shift: Floats | float, low: int, high: int
     return quants
 
 
+def _dot(a: Floats, b: Floats) -> Floats:
+    """Sums of products down each column."""
+    sums: Floats = np.einsum("ij,ij->j", a, b)
+    return sums
+
+
 def _affine(blocks: Floats, *, size: int, levels: int, scale_levels: int, widths: npt.NDArray[np.float64]) -> _Affine:
     c = _Columns(blocks, size)
     scale, minimum = _search_affine(c, levels, widths)
@@ -141,7 +147,7 @@ def _affine(blocks: Floats, *, size: int, levels: int, scale_levels: int, widths
         s, b = (scales * d).reshape(-1), (minima * m).reshape(-1)
         step = inverse(s)
         q = _round(c.x, step, b * step, 0, levels)
-        error = c.per_block((c.w * np.square(q * s - b - c.x)).sum(axis=0))
+        error = c.per_block(_dot(c.w, np.square(q * s - b - c.x)))
         better = error < best_error  # never where the first scale is beyond half precision: the caller reports that
         best_error = np.where(better, error, best_error) if attempt else error
         columns = np.repeat(better[:, 0], c.groups)
@@ -153,12 +159,11 @@ def _affine(blocks: Floats, *, size: int, levels: int, scale_levels: int, widths
         if attempt == _REFITS:
             break
         # Least squares for the two numbers of the super-block, all integers being as they are.
-        wq = c.w * q
         a, k = scales.reshape(-1), minima.reshape(-1)
-        aa = c.per_block(a * a * (wq * q).sum(axis=0))
-        ab = c.per_block(a * k * wq.sum(axis=0))
+        aa = c.per_block(a * a * _dot(c.w * q, q))
+        ab = c.per_block(a * k * _dot(c.w, q))
         bb = c.per_block(k * k * c.sum_w)
-        ax = c.per_block(a * (wq * c.x).sum(axis=0))
+        ax = c.per_block(a * _dot(c.wx, q))
         bx = c.per_block(k * c.sum_wx)
         determinant = aa * bb - ab * ab
         usable = determinant > _SINGULAR * aa * bb
@@ -180,11 +185,7 @@ def _search_affine(c: _Columns, levels: int, widths: npt.NDArray[np.float64]) ->
     for width in widths:
         step = span * np.float32(levels + width)
         q = _round(c.x, step, -low * step, 0, levels)
-        wq = c.w * q
-        s_q = wq.sum(axis=0)
-        s_qx = (wq * c.x).sum(axis=0)
-        wq *= q
-        s_qq = wq.sum(axis=0)
+        s_q, s_qx, s_qq = _dot(c.w, q), _dot(c.wx, q), _dot(c.w * q, q)
         determinant = c.sum_w * s_qq - s_q * s_q
         inv = inverse(determinant)
         scale = (c.sum_w * s_qx - s_q * c.sum_wx) * inv
@@ -216,16 +217,15 @@ def _symmetric(blocks: Floats, *, size: int, half: int, scale_half: int, widths:
     for attempt in range(_REFITS + 1):
         s = (scales * d).reshape(-1)
         q = _round(c.x, inverse(s), 0, -half, half - 1)
-        error = c.per_block((c.w * np.square(q * s - c.x)).sum(axis=0))
+        error = c.per_block(_dot(c.w, np.square(q * s - c.x)))
         better = error < best_error  # never where the first scale is beyond half precision: the caller reports that
         best_error = np.where(better, error, best_error) if attempt else error
         columns = np.repeat(better[:, 0], c.groups)
         best = (np.where(better, d_out, best[0]), np.where(columns, q, best[1])) if best else (d_out, q)
         if attempt == _REFITS:
             break
-        wq = c.w * q
-        ax = c.per_block(a * (wq * c.x).sum(axis=0))
-        d_out, d = c.storable(ax * inverse(c.per_block(a * a * (wq * q).sum(axis=0))))
+        ax = c.per_block(a * _dot(c.wx, q))
+        d_out, d = c.storable(ax * inverse(c.per_block(a * a * _dot(c.w * q, q))))
     d_out, q = best
     return _Symmetric(d_out, scales.astype(np.int8), c.blocks(q).astype(np.int8))
 
@@ -238,10 +238,8 @@ def _search_symmetric(c: _Columns, half: int, widths: npt.NDArray[np.float64]) -
     best_gain = np.zeros_like(unit)
     for width in widths:
         q = _round(c.x, unit * np.float32(-half - width), 0, -half, half - 1)
-        wq = c.w * q
-        s_qx = (wq * c.x).sum(axis=0)
-        wq *= q
-        inv = inverse(wq.sum(axis=0))
+        s_qx = _dot(c.wx, q)
+        inv = inverse(_dot(c.w * q, q))
         gain = s_qx * s_qx * inv
         better = gain > best_gain
         best_gain = np.where(better, gain, best_gain)
