@@ -44,8 +44,9 @@ TOOLS = [
 ]
 
 PHI3 = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
+    "{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
     "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
@@ -112,14 +113,20 @@ nothing
     {% endfor %}
 {% generation %}{{ ns.seen | join(', ') }} {{ ns.total }}{% endgeneration %}
 
-{{ messages | map(attribute='role') | unique | list }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}
+{{ messages | map(attribute='role') | unique | list }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}
 {{ {'b': 1, 'a': [1.5, none, true, '<é>']} | tojson }} {{ {'b': 1, 'a': {}} | tojson(indent=4) }}
-{{ [3, 1, 2] | sort | join('-') }} {{ 'x' in 'xyz' }} {{ 'a' ~ 1 ~ none }} {{ '%s is %d' % ('n', 3) }} {{ '{}!'.format('a') }}
-{{ (1, 2) + (3,) }} {{ 7 // 2 }} {{ 2 ** 10 }} {{ undefined_thing }} {{ undefined_thing is defined }} {{ messages[0].get('x', 'none') }}
-{{ "a,b".split(",")[1] }} {{ "Ab".startswith("A") }} {{ messages[0].items() | list | length }} {{ 'x' * 3 }} {{ ('a' if 1 < 2 < 3 else 'b') }}
-{{ dict(a=1, b=2) | dictsort }} {{ '  two\\n lines' | indent(2) }} {{ 'abc'[1:] }} {{ range(3) | list }} {{ 2.567 | round(1) }}
+{{ [3, 1, 2] | sort | join('-') }} {{ 'x' in 'xyz' }} {{ 'a' ~ 1 ~ none }}
+{{ '%s is %d' % ('n', 3) }} {{ '{}!'.format('a') }}
+{{ (1, 2) + (3,) }} {{ 7 // 2 }} {{ 2 ** 10 }} {{ undefined_thing }} {{ undefined_thing is defined }}
+{{ messages[0].get('x', 'none') }}
+{{ "a,b".split(",")[1] }} {{ "Ab".startswith("A") }} {{ messages[0].items() | list | length }}
+{{ 'x' * 3 }} {{ ('a' if 1 < 2 < 3 else 'b') }}
+{{ dict(a=1, b=2) | dictsort }} {{ '  two\\n lines' | indent(2) }} {{ 'abc'[1:] }}
+{{ range(3) | list }} {{ 2.567 | round(1) }}
 {% set block %}inner {{ bos_token }}{% endset %}{{ block | upper }} {% filter upper %}shout{% endfilter %}
-{%- call show(messages[0]) %}{% endcall %}
+{% macro box(edge) %}{{ edge }}{{ caller('in') }}{{ edge }}{% endmacro %}
+{%- call(word) box('|') %}{{ word }}side{% endcall %}
 {% for row in [[1, 2], [3]] recursive %}{{ loop(row) if row is iterable else row }}{% endfor %}
 """
 
@@ -160,7 +167,7 @@ def test_real_templates(
     check(template_of(request.getfixturevalue(folder)), messages, prompt=prompt)
 
 
-@pytest.mark.parametrize("model", ["qwen2_5", "llama3_1", "qwen3"])
+@pytest.mark.parametrize("model", ["qwen2_5", "qwen3"])
 def test_real_templates_with_tools(model: str) -> None:
     source = template_of(realdata.npm_tokenizer(model))
     for messages in (USER, SYSTEM, CALLS):
@@ -213,8 +220,8 @@ def test_broken_templates_are_named_with_their_line() -> None:
 
 
 def test_messages_are_json() -> None:
-    with pytest.raises(RequestError, match=r"chat\.messages\[0\]\.content is a Path"):
-        ChatTemplate(PHI3).render([{"role": "user", "content": Path()}])
+    with pytest.raises(RequestError, match=r"chat\.messages\[0\]\.content is a set"):
+        ChatTemplate(PHI3).render([{"role": "user", "content": {1}}])
 
 
 def test_a_template_is_used_many_times() -> None:
@@ -282,11 +289,12 @@ ATTACKS = {
     "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "endless block": "{% block b %}{{ self.b() }}{% endblock %}",
     "long attribute": "{{ range(99999) | map(attribute='real.' * 9999 ~ 'real') | list }}",
-    "compare": "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{% if s ~ 'b' == s ~ 'c' %}{% endif %}{% endfor %}",
+    "compare": "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{{ s ~ 'b' == s ~ 'c' }}{% endfor %}",
     "contains": "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% if 'b' in s %}{% endif %}{% endfor %}",
     "slices": "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
     "split": "{% set s = 'a ' * 400000 %}{% for i in range(99999) %}{% set t = s.split() %}{% endfor %}",
-    "refund": "{{ messages | map('<step>', -10**15) | list }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "refund": "{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{{ messages | map('<step>', -10**15) | list }}{% endfor %}{% endfor %}",
     "deep parentheses": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
     "long sum": "{{ 1" + "+1" * 9999 + " }}",
     "deep blocks": "{% if 1 %}" * 999 + "{% endif %}" * 999,
@@ -314,6 +322,7 @@ def test_importing_it_does_not_import_jinja() -> None:
     import subprocess
     import sys
 
-    code = "import sys, ruvllm_core.model.chat_template, ruvllm_core.model.tokenizer; print('jinja2' in sys.modules, 'tokenizers' in sys.modules)"
+    code = "import sys, ruvllm_core.model.chat_template, ruvllm_core.model.tokenizer\n"
+    code += "print('jinja2' in sys.modules, 'tokenizers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

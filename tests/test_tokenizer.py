@@ -107,7 +107,7 @@ def test_tokens_added_to_tokenizer_model(mistral_data: Path, tmp_path: Path) -> 
     assert ours.eos_id == 32000 and not ours.is_special(32001) and ours.decode([32000, 32001]) == "<|note|>"
     added["32005"] = {"content": "<|gap|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(TokenizerError, match="'<|gap|>' as 32005"):
+    with pytest.raises(TokenizerError, match=r"'<\|gap\|>' as 32005"):
         Tokenizer.load(tmp_path)
 
 
