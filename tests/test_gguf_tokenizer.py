@@ -241,7 +241,7 @@ def test_leftmost_pair_joins_first_where_scores_are_equal() -> None:
         "small",
     )
     for length in range(1, 12):
-        for text in ("a" * length, "b" + "a" * length, "a" * length + "b" + "a" * length, "é" + "a" * length):
+        for text in ("a" * length, "b" + "a" * length, "a" * length + "b" + "a" * length, "é" * length + "aéééa"):
             assert plain(tokenizer, text) == original.encode(text), text
 
 
@@ -315,6 +315,8 @@ def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
         ({"tokenizer.ggml.merges": ["b a"]}, r"'ba' is not in the vocabulary"),
         ({"tokenizer.ggml.merges": ["ab"]}, r"merges\[0\] is 'ab', not a pair"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
+        ({"tokenizer.ggml.tokens": [1, 2, 3, 4]}, "tokenizer.ggml.tokens holds int values"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml.eos_token_id is 'x'"),
         ({"tokenizer.ggml.bos_token_id": 9}, "tokenizer.ggml.bos_token_id is 9, but there are 4 tokens"),
     ],
 )
@@ -337,6 +339,11 @@ def test_broken_sentencepiece_metadata_is_named() -> None:
         Tokenizer.from_gguf(without(small_sentencepiece(), "scores"), "m.gguf")
     with pytest.raises(TokenizerError, match="scores has 1 entries for 264 tokens"):
         Tokenizer.from_gguf(small_sentencepiece(**{"tokenizer.ggml.scores": [0.0]}), "m.gguf")
+    pieces = small_sentencepiece()["tokenizer.ggml.tokens"]
+    with pytest.raises(TokenizerError, match="token 258, 'two', is no byte token"):
+        Tokenizer.from_gguf(
+            small_sentencepiece(**{"tokenizer.ggml.tokens": [*pieces[:258], "two", *pieces[259:]]}), "m.gguf"
+        )
     types = [1] * 264
     with pytest.raises(TokenizerError, match="neither an unknown token nor a byte token"):
         Tokenizer.from_gguf(small_sentencepiece(**{"tokenizer.ggml.token_type": types}), "m.gguf")

@@ -215,6 +215,9 @@ def test_special_ids_must_be_in_the_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5000}))
     with pytest.raises(TokenizerError, match="special token 5000 is outside the vocabulary of 259"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(TokenizerError, match="'</s>' is no token id"):
+        Tokenizer.load(tmp_path)
 
 
 def test_unigram_models_are_refused(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -135,4 +136,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _ids(value: Any) -> _Ids:
     """One id, a list of ids, or nothing, as a tuple."""
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(isinstance(token, int) for token in ids):
+        raise TokenizerError(f"{value!r} is no token id", hint="correct it in config.json or generation_config.json")
+    return ids
