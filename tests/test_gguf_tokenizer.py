@@ -316,6 +316,8 @@ def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
         ({"tokenizer.ggml.merges": ["ab"]}, r"merges\[0\] is 'ab', not a pair"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
         ({"tokenizer.ggml.tokens": [1, 2, 3, 4]}, "tokenizer.ggml.tokens holds int values"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "c", "d"]}, "'ab' is not in the vocabulary"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "unknown pre-tokenizer"),
         ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml.eos_token_id is 'x'"),
         ({"tokenizer.ggml.bos_token_id": 9}, "tokenizer.ggml.bos_token_id is 9, but there are 4 tokens"),
     ],

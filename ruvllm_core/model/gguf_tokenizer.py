@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ruvllm_core.errors import TokenizerError
@@ -77,7 +78,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     codec: Codec
     if model == "gpt2":
         pre = metadata.get("tokenizer.ggml.pre", "default")
-        if pre not in PRE_TOKENIZERS:
+        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
             raise TokenizerError(
                 f"{name}: unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre)",
                 hint=f"supported are {', '.join(PRE_TOKENIZERS)}",
@@ -108,7 +109,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         token = metadata.get(key, defaults.get(role))
         if token is None:
             return None
-        if isinstance(token, str) or not 0 <= int(token) < len(pieces):
+        if not isinstance(token, Integral) or not 0 <= int(token) < len(pieces):
             raise TokenizerError(f"{name}: {key} is {token!r}, but there are {len(pieces)} tokens", hint=_DAMAGED)
         return int(token)
 
@@ -133,11 +134,13 @@ def _byte_level(pieces: list[str], merges: list[str], types: Sequence[int], pre:
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers.models import BPE
 
-    vocab = {piece: token for token, piece in enumerate(pieces)}
+    vocab = {piece: token for token, piece in enumerate(pieces) if piece}  # an empty piece makes the library panic
     try:
         pairs: Any = [tuple(merge.split(" ")) for merge in merges]
         fast: FastTokenizer = FastTokenizer(BPE(vocab, pairs, ignore_merges=pre.ignore_merges))
-    except Exception as error:  # the library raises plain Exception, or what PyO3 makes of a pair that is none
+    except BaseException as error:  # the library raises plain Exception, and a BaseException where Rust panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise TokenizerError(f"{name}: {_bad_merge(merges, vocab) or error}", hint=_DAMAGED) from error
     marks = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
     fast.add_tokens(
