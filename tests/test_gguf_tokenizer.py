@@ -169,6 +169,8 @@ def test_sentencepiece_equals_llama_cpp(mistral_data: Path) -> None:
     tokenizer = Tokenizer.from_gguf(metadata, "v3")
     for text, ids in zip(LLAMA_CPP["texts"], LLAMA_CPP[MISTRAL_MODELS[2]], strict=True):
         assert plain(tokenizer, text) == ids, repr(text)
+    for text, ids in zip(LLAMA_CPP["special_texts"], LLAMA_CPP["special"], strict=True):
+        assert tokenizer.encode(text) == ids, repr(text)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def small_sentencepiece(**more: Any) -> dict[str, Any]:
 
 
 def test_leftmost_pair_joins_first_where_scores_are_equal() -> None:
-    """Merges ranked by pair cannot express this: aa+a and a+aa make one piece, and here each comes first once."""
+    """Also where different pairs make the same piece, which merges ranked by pair cannot express."""
     spm = pytest.importorskip("sentencepiece")
     model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     proto = model_pb2.ModelProto()
