@@ -169,6 +169,8 @@ def test_sentencepiece_equals_llama_cpp(mistral_data: Path) -> None:
     tokenizer = Tokenizer.from_gguf(metadata, "v3")
     for text, ids in zip(LLAMA_CPP["texts"], LLAMA_CPP[MISTRAL_MODELS[2]], strict=True):
         assert plain(tokenizer, text) == ids, repr(text)
+    for text, ids in zip(LLAMA_CPP["special_texts"], LLAMA_CPP["special"], strict=True):
+        assert tokenizer.encode(text) == ids, repr(text)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def small_sentencepiece(**more: Any) -> dict[str, Any]:
 
 
 def test_leftmost_pair_joins_first_where_scores_are_equal() -> None:
-    """Merges ranked by pair cannot express this: aa+a and a+aa make one piece, and here each comes first once."""
+    """Also where different pairs make the same piece, which merges ranked by pair cannot express."""
     spm = pytest.importorskip("sentencepiece")
     model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     proto = model_pb2.ModelProto()
@@ -241,7 +243,7 @@ def test_leftmost_pair_joins_first_where_scores_are_equal() -> None:
         "small",
     )
     for length in range(1, 12):
-        for text in ("a" * length, "b" + "a" * length, "a" * length + "b" + "a" * length, "é" + "a" * length):
+        for text in ("a" * length, "b" + "a" * length, "a" * length + "b" + "a" * length, "é" * length + "aéééa"):
             assert plain(tokenizer, text) == original.encode(text), text
 
 
@@ -315,6 +317,10 @@ def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
         ({"tokenizer.ggml.merges": ["b a"]}, r"'ba' is not in the vocabulary"),
         ({"tokenizer.ggml.merges": ["ab"]}, r"merges\[0\] is 'ab', not a pair"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
+        ({"tokenizer.ggml.tokens": [1, 2, 3, 4]}, "tokenizer.ggml.tokens holds int values"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "c", "d"]}, "'ab' is not in the vocabulary"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "unknown pre-tokenizer"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml.eos_token_id is 'x'"),
         ({"tokenizer.ggml.bos_token_id": 9}, "tokenizer.ggml.bos_token_id is 9, but there are 4 tokens"),
     ],
 )
@@ -333,10 +339,15 @@ def test_broken_byte_level_metadata_is_named(change: dict[str, Any], says: str) 
 
 
 def test_broken_sentencepiece_metadata_is_named() -> None:
-    with pytest.raises(TokenizerError, match="tokenizer.ggml.scores is missing"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.ggml\.scores is missing"):
         Tokenizer.from_gguf(without(small_sentencepiece(), "scores"), "m.gguf")
     with pytest.raises(TokenizerError, match="scores has 1 entries for 264 tokens"):
         Tokenizer.from_gguf(small_sentencepiece(**{"tokenizer.ggml.scores": [0.0]}), "m.gguf")
+    pieces = small_sentencepiece()["tokenizer.ggml.tokens"]
+    with pytest.raises(TokenizerError, match="token 258, 'two', is no byte token"):
+        Tokenizer.from_gguf(
+            small_sentencepiece(**{"tokenizer.ggml.tokens": [*pieces[:258], "two", *pieces[259:]]}), "m.gguf"
+        )
     types = [1] * 264
     with pytest.raises(TokenizerError, match="neither an unknown token nor a byte token"):
         Tokenizer.from_gguf(small_sentencepiece(**{"tokenizer.ggml.token_type": types}), "m.gguf")

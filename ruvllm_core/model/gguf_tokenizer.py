@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ruvllm_core.errors import TokenizerError
@@ -72,17 +73,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         TokenizerError: a key is missing or does not fit the others, or the kind of tokenizer is not supported.
     """
     model, architecture = metadata.get("tokenizer.ggml.model"), metadata.get("general.architecture")
-    pieces: list[str] = _array(metadata, "tokens", name)
+    pieces: list[str] = _array(metadata, "tokens", name, kind=str)
     types = _array(metadata, "token_type", name, len(pieces), default=[TokenType.NORMAL] * len(pieces))
     codec: Codec
     if model == "gpt2":
         pre = metadata.get("tokenizer.ggml.pre", "default")
-        if pre not in PRE_TOKENIZERS:
+        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
             raise TokenizerError(
                 f"{name}: unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre)",
                 hint=f"supported are {', '.join(PRE_TOKENIZERS)}",
             )
-        codec = _byte_level(pieces, _array(metadata, "merges", name), types, PRE_TOKENIZERS[pre], name)
+        codec = _byte_level(pieces, _array(metadata, "merges", name, kind=str), types, PRE_TOKENIZERS[pre], name)
         defaults: dict[str, int] = {}
         add_bos = PRE_TOKENIZERS[pre].add_bos
     elif model == "llama":
@@ -106,9 +107,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     def special(role: str) -> int | None:
         key = f"tokenizer.ggml.{role}_token_id"
         token = metadata.get(key, defaults.get(role))
-        if token is not None and not 0 <= int(token) < len(pieces):
-            raise TokenizerError(f"{name}: {key} is {token}, but there are {len(pieces)} tokens", hint=_DAMAGED)
-        return None if token is None else int(token)
+        if token is None:
+            return None
+        if not isinstance(token, Integral) or not 0 <= int(token) < len(pieces):
+            raise TokenizerError(f"{name}: {key} is {token!r}, but there are {len(pieces)} tokens", hint=_DAMAGED)
+        return int(token)
 
     bos, eos = special("bos"), special("eos")
     return Tokenizer(
@@ -131,11 +134,13 @@ def _byte_level(pieces: list[str], merges: list[str], types: Sequence[int], pre:
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers.models import BPE
 
-    vocab = {piece: token for token, piece in enumerate(pieces)}
+    vocab = {piece: token for token, piece in enumerate(pieces) if piece}  # an empty piece makes the library panic
     try:
         pairs: Any = [tuple(merge.split(" ")) for merge in merges]
         fast: FastTokenizer = FastTokenizer(BPE(vocab, pairs, ignore_merges=pre.ignore_merges))
-    except Exception as error:  # the library raises plain Exception, or what PyO3 makes of a pair that is none
+    except BaseException as error:  # the library raises plain Exception, and a BaseException where Rust panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise TokenizerError(f"{name}: {_bad_merge(merges, vocab) or error}", hint=_DAMAGED) from error
     marks = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
     fast.add_tokens(
@@ -172,12 +177,17 @@ def _phi3_marks(pieces: list[str], types: Sequence[int]) -> frozenset[int]:
     return frozenset(t for t, kind in enumerate(types) if kind in marks and pieces[t] not in keeps)
 
 
-def _array(metadata: Mapping[str, Any], field: str, name: str, length: int = 0, default: Any = None) -> Any:
-    """The array ``tokenizer.ggml.<field>`` as a list, checked to have `length` entries where that is given."""
+def _array(
+    metadata: Mapping[str, Any], field: str, name: str, length: int = 0, default: Any = None, kind: Any = (int, float)
+) -> Any:
+    """The array ``tokenizer.ggml.<field>`` as a list of `kind`, with `length` entries where that is given."""
     key = f"tokenizer.ggml.{field}"
     values = metadata.get(key, default)
-    if values is None or len(values) == 0:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list) or not values:
         raise TokenizerError(f"{name}: {key} is missing or empty", hint=_DAMAGED)
     if length and len(values) != length:
         raise TokenizerError(f"{name}: {key} has {len(values)} entries for {length} tokens", hint=_DAMAGED)
-    return values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values[0], kind):
+        raise TokenizerError(f"{name}: {key} holds {type(values[0]).__name__} values", hint=_DAMAGED)
+    return values

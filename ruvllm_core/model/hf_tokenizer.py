@@ -18,8 +18,8 @@ _Ids = tuple[int, ...]
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """The tokenizer of `folder`: ``tokenizer.json``, or else ``tokenizer.model``, with the settings beside it.
 
-    Beginning and end of a text come from ``add_bos_token`` and ``add_eos_token`` in ``tokenizer_config.json`` where
-    it has them, else from the post-processor of ``tokenizer.json`` (as `transformers` does).
+    What is added to a text is decided by the post-processor of ``tokenizer.json`` alone, as in `transformers`; with
+    ``tokenizer.model``, by ``add_bos_token`` and ``add_eos_token`` in ``tokenizer_config.json``.
 
     Raises:
         TokenizerError: neither file is there, or one of them is damaged or of a kind that cannot be read.
@@ -28,13 +28,14 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     generation = _json(folder / "config.json") | _json(folder / "generation_config.json")
     codec: FastCodec | SentencePieceCodec
     defaults: dict[str, int] = {}
+    prefix: _Ids = ()
+    suffix: _Ids = ()
     if (path := folder / "tokenizer.json").is_file():
         codec, prefix, suffix = _from_json(path)
     elif (path := folder / "tokenizer.model").is_file():
         model = SentencePieceFile.read(path)
         codec = _from_model(model, config, str(path))
         defaults = {"bos": model.bos, "eos": model.eos, "pad": model.pad}
-        prefix, suffix = (model.bos,) if model.bos >= 0 else (), ()
     else:
         raise TokenizerError(
             f"{folder}: neither tokenizer.json nor tokenizer.model is there",
@@ -51,9 +52,9 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         return token if token >= 0 else None
 
     bos, eos = special("bos"), special("eos")
-    if "add_bos_token" in config or "add_eos_token" in config:
-        prefix = _ids(bos) if config.get("add_bos_token") else ()
-        suffix = _ids(eos) if config.get("add_eos_token") else ()
+    if isinstance(codec, SentencePieceCodec):
+        prefix = _ids(bos) if config.get("add_bos_token", True) else ()
+        suffix = _ids(eos) if config.get("add_eos_token", False) else ()
     ends = _ids(generation.get("eos_token_id"))
     return Tokenizer(
         codec,
@@ -115,7 +116,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -134,4 +136,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _ids(value: Any) -> _Ids:
     """One id, a list of ids, or nothing, as a tuple."""
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    ids = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(isinstance(token, int) for token in ids):
+        raise TokenizerError(f"{value!r} is no token id", hint="correct it in config.json or generation_config.json")
+    return ids

@@ -19,6 +19,7 @@ SPACE = "▁"
 _WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 # Unicode White_Space; Python's own \s also takes U+001C to U+001F.
 _BLANKS = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*")
+_DAMAGED = "the file is damaged or was converted wrongly; convert the model again"
 _CACHE_WORDS, _CACHE_LENGTH = 1 << 16, 64
 
 
@@ -70,7 +71,9 @@ class SentencePieceCodec:
             if kind == TokenType.NORMAL:
                 normal.append(token)
             elif kind == TokenType.BYTE:
-                self._bytes[sentencepiece_bytes(pieces[token])[0]] = token
+                if len(byte := sentencepiece_bytes(pieces[token])) != 1:
+                    raise TokenizerError(f"{name}: token {token}, {pieces[token]!r}, is no byte token", hint=_DAMAGED)
+                self._bytes[byte[0]] = token
             elif kind == TokenType.USER_DEFINED:
                 marks.append(token)
             elif kind in (TokenType.CONTROL, TokenType.UNKNOWN):
@@ -79,7 +82,7 @@ class SentencePieceCodec:
         if unknown is None and len(self._bytes) < 256:
             raise TokenizerError(
                 f"{name}: the vocabulary has neither an unknown token nor a byte token for each of the 256 bytes",
-                hint="the file is damaged or was converted wrongly; convert the model again",
+                hint=_DAMAGED,
             )
         self._unknown = unknown
         self.special_ids = frozenset(special)
@@ -125,6 +128,8 @@ class SentencePieceCodec:
                         self._cache.clear()
                     self._cache[word] = found
             tokens += found
+        if len(self._bytes) < 256:  # SentencePiece writes one unknown token for a run of them
+            return [t for t, last in zip(tokens, [None, *tokens], strict=False) if t != self._unknown or t != last]
         return tokens
 
     def _merge(self, word: str) -> list[int]:
