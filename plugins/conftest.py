@@ -39,7 +39,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
     # Weights far larger than usual, so that attention is sharp and a wrong position or window shows.
-    "initializer_range": 0.3,
+    "initializer_range": 0.2,
 }
 
 
@@ -149,13 +149,24 @@ class Oracle:
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
             "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "vocab_size": config.vocab_size,
         }
+        special = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0}
         write_gguf(
             path,
-            {**{f"{arch}.{name}": value for name, value in fields.items()}, **metadata},
+            {**{f"{arch}.{name}": value for name, value in fields.items()}, **special, **metadata},
             [PendingTensor.of(name, QuantTensor.from_float(value)) for name, value in tensors.items()],
         )
         return path
+
+    def check_their_reading(self, path: Path) -> None:
+        """That transformers reads a GGUF file of ours as the same model."""
+        import transformers
+
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([self.tokens])).logits[0].numpy()
+        assert np.abs(logits - self.logits(self.tokens)).max() <= TOLERANCE
 
     def gguf_tensors(self, *, permute: bool) -> dict[str, npt.NDArray[np.float32]]:
         """The weights under their GGUF names; `permute` puts the pairs of the rotation side by side."""

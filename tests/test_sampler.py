@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ruvllm_core.errors import GenerationError, RequestError
-from ruvllm_core.generate.request import GenerateParams
-from ruvllm_core.generate.sampler import Sampler
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -16,6 +13,10 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from ruvllm_core.errors import GenerationError, RequestError
+from ruvllm_core.generate.request import GenerateParams
+from ruvllm_core.generate.sampler import Sampler
 
 PROMPT = (3, 3, 7, 11)
 

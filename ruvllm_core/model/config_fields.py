@@ -64,13 +64,13 @@ class Fields:
         value = self._get(name, "an integer", default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if type(value) is not int:
-            raise self._wrong(name, "an integer", value)
+        if type(value) is not int or abs(value) >= 2**53:
+            raise self._wrong(name, "an integer of sensible size", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, "a number", default)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if not _is_number(value):
             raise self._wrong(name, "a finite number", value)
         return float(value)
 
@@ -88,7 +88,7 @@ class Fields:
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self._get(name, "a list of numbers", None)
-        if not isinstance(value, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+        if not isinstance(value, list) or not all(map(_is_number, value)):
             raise self._wrong(name, "a list of numbers", value)
         return tuple(map(float, value))
 
@@ -104,8 +104,12 @@ class Fields:
         return value
 
     def _wrong(self, name: str, expected: str, value: Any) -> ModelError:
-        found = repr(value) if len(repr(value)) < 60 else f"{type(value).__name__} of {len(value)} values"
-        return ModelError(f"the field '{self._label}{name}' should be {expected}, found {found}")
+        found = repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+        return ModelError(f"the field '{self._label}{name}' should be {expected}, found {found:.60}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # integers of JSON may be too long for a float
 
 
 def hf_common(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +141,8 @@ def _hf_rope(config: Fields, head_dim: int) -> dict[str, Any]:
     rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     rotated = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if not 0.0 < rotated <= 1.0:
+        raise ModelError(f"partial_rotary_factor is {rotated}, but must be above 0 and at most 1")
     max_context = config.integer("max_position_embeddings")
     name = rope.text("rope_type", rope.text("type", "default"))
     if name not in _HF_ROPE_KINDS:

@@ -66,9 +66,10 @@ def test_biases_wide_heads_and_tied_embeddings(oracle: Any, sizes: Any) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf(oracle: Any, sizes: Any, tmp_path: Any, tied: bool) -> None:
     made = oracle(LlamaConfig(**sizes, tie_word_embeddings=tied))
-    metadata = {"general.architecture": "llama", "llama.rope.dimension_count": 16, "llama.vocab_size": 96}
+    metadata = {"general.architecture": "llama", "llama.rope.dimension_count": 16}
     path = made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=True))
     spec = made.check(path).spec
+    made.check_their_reading(path)
     assert spec.rope_interleaved
     assert spec.tied_embeddings is tied
 
@@ -160,8 +161,8 @@ def test_smollm2_equals_transformers(open_file: Any, our_logits: Any) -> None:
     model = open_file(path)
     text = "Why is the sky blue? The short answer is Rayleigh scattering: def f(x):\n    return x ** 2\n"
     tokens = model.tokenizer().encode(text)
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+    with torch.inference_mode():  # in float64, so that only our own rounding counts
+        expected = theirs.double()(torch.tensor([tokens])).logits[0].numpy()
     ours = our_logits(model, tokens, [9, 3], len(tokens))
-    np.testing.assert_allclose(ours, expected, atol=2e-3)
+    assert np.abs(ours - expected).max() <= 1e-4
     assert (ours.argmax(1) == expected.argmax(1)).all()

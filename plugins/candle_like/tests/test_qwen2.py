@@ -42,6 +42,7 @@ def test_gguf(oracle: Any, sizes: Any, tmp_path: Path) -> None:
     made = oracle(Qwen2Config(**sizes, **PLAIN, tie_word_embeddings=True))
     path = made.write_gguf(tmp_path / "m.gguf", {"general.architecture": "qwen2"}, made.gguf_tensors(permute=False))
     spec = made.check(path).spec
+    made.check_their_reading(path)
     assert not spec.rope_interleaved
     assert spec.tied_embeddings
 

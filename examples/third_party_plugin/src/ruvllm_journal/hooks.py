@@ -1,6 +1,7 @@
 """What ruvllm reads at discovery. It names the implementation and does not import it."""
 
 from pydantic import BaseModel
+
 from ruvllm_core.hookspecs import Offer, hookimpl
 
 RUVLLM_API_VERSION = 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 
 from ruvllm_candle_like.settings import CandleSettings
-
 from ruvllm_core.errors import CacheFull
 from ruvllm_core.generate.request import Request, TokenEvent
 from ruvllm_core.generate.sequence import Sequence, run_batch

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ruvllm_candle_like.settings import CandleSettings
 from ruvllm_core.hookspecs import API_VERSION, Offer, hookimpl
 
 RUVLLM_API_VERSION = API_VERSION
+Settings = CandleSettings
 
 
 @hookimpl
