@@ -50,7 +50,7 @@ def command(app: App, no_gpu: bool, as_json: bool) -> None:
     Exit code 1 if there is a problem that keeps models from running. Plugins are found and selected without importing
     torch; it is imported afterwards, to ask it for GPUs.
     """
-    settings, registry = app.settings, app.discover()
+    settings, registry = app.settings, app.registry
     report: dict[str, Any] = {
         "ruvllm": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @pass_app
 def command(app: App, as_json: bool) -> None:
     """List what every installed plugin offers, and what would be selected on this machine."""
-    registry = app.discover()
+    registry = app.registry
     report = {"plugins": registry.report(), "selected": selections(registry, app.settings)}
     if as_json:
         print_json(report)
