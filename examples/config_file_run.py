@@ -1,4 +1,4 @@
-"""Everything from a configuration file, as `ruvllm run --config run.toml` does it. `python config_file_run.py [FILE]`"""
+"""Everything from one file, as `ruvllm run --config run.toml` does it. `python config_file_run.py [FILE]`"""
 
 import sys
 from pathlib import Path

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import ruvllm_candle_like.hooks
-import ruvllm_mistral.hooks
 import torch
 
+import ruvllm_candle_like.hooks
+import ruvllm_mistral.hooks
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.decode.decoder import EagerDecoder

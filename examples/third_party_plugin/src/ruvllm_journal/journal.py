@@ -21,9 +21,7 @@ class Journal:
 
     def feedback(self, request_id, quality):
         if request_id not in self.seen:
-            raise LearningError(
-                f"journal has no answer {request_id}", hint="rate each answer in the process it came from"
-            )
+            raise LearningError(f"journal has no answer {request_id}", hint="rate it in the process it came from")
         self._write(id=request_id, quality=quality)
 
     def tick(self, budget_s):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ruvllm_core.hookspecs import API_VERSION, Offer, hookimpl
+from ruvllm_core.hookspecs import Offer, hookimpl
 
-RUVLLM_API_VERSION = API_VERSION
+RUVLLM_API_VERSION = 1
 
 _QUANTIZERS = {
     "f32": "32-bit floats",
