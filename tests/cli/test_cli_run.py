@@ -372,11 +372,15 @@ def test_ctrl_c_keeps_the_answers_that_are_finished(tiny: Path, tmp_path: Path) 
     assert not (tmp_path / "out.jsonl.part").exists()
 
 
-def test_a_terminal_gets_a_progress_bar(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_file", [True, False])
+def test_a_terminal_gets_a_progress_bar_and_stdout_the_answers(tiny: Path, tmp_path: Path, to_file: bool) -> None:
     source, target = write_lines(tmp_path / "in.jsonl", *ROWS), tmp_path / "out.jsonl"
-    command = ["run", str(tiny), "--prompt-file", str(source), "--output", str(target), "--max-tokens", "2"]
+    command = ["run", str(tiny), "--prompt-file", str(source), "--max-tokens", "2"]
+    command += ["--output", str(target)] if to_file else []
     master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "ruvllm_core.cli.main", *command], stderr=slave, stdout=slave)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ruvllm_core.cli.main", *command], stderr=slave, stdout=subprocess.PIPE, text=True
+    )
     os.close(slave)
     shown = b""
     try:
@@ -385,6 +389,33 @@ def test_a_terminal_gets_a_progress_bar(tiny: Path, tmp_path: Path) -> None:
     except OSError:  # the other end is closed
         pass
     os.close(master)
-    assert process.wait(timeout=30) == 0
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
     assert b"answering" in shown
     assert b"3/3" in shown
+    rows = read_lines(target) if to_file else [json.loads(line) for line in out.splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert bool(out) != to_file
+
+
+def test_a_reader_that_leaves_ends_the_answer_quietly(tiny: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ruvllm_core.cli.main", "run", str(tiny), "Count", *ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=30) == 1
+
+
+def test_half_a_surrogate_pair_fails_alone(ruvllm, tiny: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a \\ud800", "id": "\\udc00"}\n{"prompt": "b"}\n')
+    ruvllm("run", tiny, "--prompt-file", source, "--output", target, "--max-tokens", "2").failed(1, "1 of 2 answers")
+    bad, good = read_lines(target)
+    assert (bad["id"], bad["error_type"]) == ("\udc00", "TokenizerError")
+    assert "error" not in good
