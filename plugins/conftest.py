@@ -21,6 +21,7 @@ from ruvllm_core.decode.reference import TorchKernels
 from ruvllm_core.model.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.loader import ModelFile, open_model
 from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import CacheContext, DecoderOptions
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import CacheConfig, Settings
@@ -202,6 +203,33 @@ class Oracle:
                 value = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(value.shape))
             tensors[f"{prefix}{names[stem]}.{kind}"] = value
         return tensors
+
+
+@pytest.fixture
+def check_names(registry: Registry) -> Callable[[Any, str], ModelSpec]:
+    """Compares tensor names, shapes and the number of parameters with a transformers model that has no weights."""
+
+    def check(config: Any, architecture: str) -> ModelSpec:
+        import transformers
+
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(config)
+        expected = {name: tuple(value.shape) for name, value in theirs.named_parameters()}
+        family = registry.load("architectures", architecture)
+        assert type(theirs).__name__ in family.hf_names
+        spec: ModelSpec = family.spec_from_hf(config.to_dict())
+        rows: dict[str, int] = {}
+        for source in family.tensor_names(spec).values():
+            start, stop = source.hf_rows or (0, source.shape[0])
+            assert stop - start == source.shape[0]
+            assert start == rows.get(source.hf, 0), f"{source.hf}: rows leave a gap or overlap"
+            rows[source.hf] = stop
+            assert source.shape[1:] == expected[source.hf][1:]
+        assert rows == {name: shape[0] for name, shape in expected.items()}
+        assert spec.parameters == sum(parameter.numel() for parameter in theirs.parameters())
+        return spec
+
+    return check
 
 
 @pytest.fixture

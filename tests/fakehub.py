@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -37,7 +39,8 @@ class Hub:
         repos: repository → revision → file → contents.
         gated: repositories that want a token.
         cuts: file → how many more times its connection is cut after half of what was asked for.
-        status: an HTTP status that answers everything.
+        reset: cut connections by a reset instead of a close.
+    status: an HTTP status that answers everything.
     stalled: half-way through model.safetensors the hub waits for it, after setting `reached`.
         log: ``METHOD path`` and the Range of each request.
     """
@@ -45,6 +48,7 @@ class Hub:
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     cuts: dict[str, int] = field(default_factory=dict)
+    reset: bool = False
     status: int | None = None
     stalled: threading.Event | None = None
     reached: threading.Event = field(default_factory=threading.Event)
@@ -139,6 +143,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body[:cut])
             if cut is not None:
                 self.close_connection = True
+                if hub.reset:
+                    self.wfile.flush()
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    os.close(self.connection.detach())
 
     return Handler
 

@@ -90,6 +90,15 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub: Hub, settings: Settings
     assert not partial_files(settings)
 
 
+def test_a_reset_connection_is_tried_again(hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.reset = True
+    hub.cuts["model.safetensors"] = 2
+    folder = resolve("org/folder", settings)
+    assert (folder / "model.safetensors").read_bytes() == BIG and not partial_files(settings)
+    assert hub.downloads().count("model.safetensors") == 3
+
+
 def test_a_connection_that_never_holds_leaves_no_model(
     hub: Hub, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,11 @@ def gguf_of_long(made: Any, path: Path, metadata: dict[str, Any]) -> Path:
     return made.write_gguf(path, {**common, **metadata}, tensors)
 
 
+def test_names_and_sizes(check_names: Any) -> None:
+    assert check_names(Phi3Config(), "phi3").parameters == 3_821_079_552, "Phi-3-mini as published"
+    check_names(Phi3Config(num_key_value_heads=8, tie_word_embeddings=True, num_hidden_layers=2), "phi3")
+
+
 def test_short_context_model(oracle: Any, sizes: Any) -> None:
     spec = oracle(Phi3Config(**sizes)).check().spec
     assert spec.rope_scaling.kind == "none"
