@@ -116,6 +116,14 @@ def candle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
 
+@pytest.fixture
+def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong must be found before a model is loaded."""
+    from ruvllm_core.generate.engine import Engine
+
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
