@@ -60,10 +60,11 @@ class App:
 
     @property
     def registry(self) -> Registry:
-        """The installed plugins. Raises `ConfigError`, also for settings that no plugin answers to."""
+        """The installed plugins, their own settings not checked yet. Raises `ConfigError`."""
         if self._registry is None:
-            self._registry = self.discover()
-            self._registry.check_settings()
+            from ruvllm_core.registry import Registry
+
+            self._registry = Registry.discover(self.settings)
         return self._registry
 
     def sources(self) -> list[dict[str, Any]]:
@@ -82,12 +83,6 @@ class App:
                 source = str(self._config) if name in self.settings.model_fields_set else "default"
             rows.append({"name": name, "value": value, "source": source})
         return rows
-
-    def discover(self) -> Registry:
-        """The installed plugins, their settings unchecked."""
-        from ruvllm_core.registry import Registry
-
-        return Registry.discover(self.settings)
 
 
 pass_app = click.make_pass_decorator(App)

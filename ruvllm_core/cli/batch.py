@@ -101,7 +101,7 @@ def answers_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         part = path.with_name(path.name + ".part")
-        file = part.open("w", encoding="utf-8")
+        file = part.open("w", encoding="utf-8", errors="backslashreplace")  # as JSON spells half a surrogate pair
     except OSError as error:
         raise ConfigError(f"cannot write answers to {path}: {error.strerror}", hint="name another --output") from None
 

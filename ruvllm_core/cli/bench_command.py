@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import closing
 
 import click
@@ -45,12 +47,10 @@ def end_to_end(
     settings = app.settings
     parts = load_parts(settings, app.registry)
     with closing(parts.model), closing(parts.decoder), closing(parts.backend):
-        import torch
-
         result = {
             **vars(parts.info),
             "path": str(parts.info.path),
-            "threads": settings.threads or torch.get_num_threads(),
+            "threads": settings.threads or _threads(),
             **vars(work),
             **measure(parts, work, settings.prefill_chunk),
             "peak_rss_mb": peak_rss_mb(),
@@ -58,6 +58,12 @@ def end_to_end(
     if not as_json:
         print_table("bench e2e", ("what", "value"), [(key, _shown(value)) for key, value in result.items()])
     print_json({"benchmark": "e2e", **result})
+
+
+def _threads() -> int | None:
+    """Threads of PyTorch where it does the work; a decoder that needs none of it follows the machine."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else os.cpu_count()
 
 
 def _shown(value: object) -> str:

@@ -57,13 +57,20 @@ def command(app: App, model: str | None) -> None:
 
 def _read(prompt: str, more: str) -> str:
     """A message of one line or several (see `MULTI_LINE`). Raises `EOFError` if there is none."""
-    text = input(prompt)
+    text = _ask(prompt)
     block = text.startswith('"""')
     if block:
         text = text[3:]
     try:
         while not text.rstrip().endswith('"""') if block else text.endswith("\\"):
-            text = (text if block else text[:-1]) + "\n" + input(more)
+            text = (text if block else text[:-1]) + "\n" + _ask(more)
     except EOFError:
         return text
     return text.rstrip()[:-3].strip("\n") if block else text
+
+
+def _ask(prompt: str) -> str:
+    if sys.stdout.isatty():
+        return input(prompt)
+    click.echo(prompt, nl=False, err=True)  # `input` would put it among the answers
+    return input()

@@ -19,19 +19,8 @@ from ruvllm_core.cli.plugins_command import print_plugins, selections
 from ruvllm_core.errors import RuvLLMError
 
 _PACKAGES = (
-    "torch",
-    "numpy",
-    "tokenizers",
-    "safetensors",
-    "huggingface_hub",
-    "jinja2",
-    "pydantic",
-    "pydantic-settings",
-    "pluggy",
-    "click",
-    "rich",
-    "structlog",
-    "psutil",
+    *("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "pydantic", "pydantic-settings"),
+    *("pluggy", "click", "rich", "structlog", "psutil"),
 )
 # Instruction sets that kernels can make use of, as Linux spells them.
 _CPU_FEATURES = (
@@ -50,7 +39,7 @@ def command(app: App, no_gpu: bool, as_json: bool) -> None:
     Exit code 1 if there is a problem that keeps models from running. Plugins are found and selected without importing
     torch; it is imported afterwards, to ask it for GPUs.
     """
-    settings, registry = app.settings, app.discover()
+    settings, registry = app.settings, app.registry
     report: dict[str, Any] = {
         "ruvllm": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
@@ -80,47 +69,26 @@ def command(app: App, no_gpu: bool, as_json: bool) -> None:
 
 
 def _cpu() -> dict[str, Any]:
-    import psutil
-
-    lines = _read("/proc/cpuinfo").splitlines()
-    facts = {
-        key.strip().lower(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon
-    }
-    flags = set(facts.get("flags", facts.get("features", "")).split())
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
+    facts = {key.strip().lower(): value.strip() for key, _, value in rows}
+    flags = facts.get("flags", facts.get("features", "")).split()
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return {
         "model": facts.get("model name") or platform.processor() or platform.machine(),
-        "machine": platform.machine(),
         "features": [name for name in _CPU_FEATURES if name in flags],
         "logical_cores": os.cpu_count(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "usable_cores": affinity,
-        "cgroup_limit": _cgroup_cores(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cgroup_limit": float(quota) / float(period) if quota.isdigit() else None,
     }
 
 
-def _cgroup_cores() -> float | None:
-    """Cores that the control group allows (version 2, then 1), None for no limit."""
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if not quota:
-        quota, period = (_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
-    try:
-        return float(quota) / float(period) if float(quota) > 0 else None
-    except (ValueError, ZeroDivisionError):  # "max", or no control groups here
-        return None
-
-
-def _memory() -> dict[str, int | None]:
+def _memory() -> dict[str, int]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    files = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-    limits = [int(text) for text in map(_read, files) if text.isdigit() and int(text) < memory.total]
-    return {
-        "total_bytes": memory.total,
-        "available_bytes": memory.available,
-        "cgroup_limit_bytes": min(limits, default=None),
-    }
+    from ruvllm_core.decode.memory import available_memory
+
+    # What a control group leaves, where that is less.
+    return {"total_bytes": psutil.virtual_memory().total, "available_bytes": available_memory()}
 
 
 def _gpus() -> dict[str, Any]:
@@ -128,12 +96,13 @@ def _gpus() -> dict[str, Any]:
         import torch
     except Exception as error:
         return {"devices": [], "reason": f"torch cannot be imported: {type(error).__name__}: {error}"}
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        devices.append({"device": f"cuda:{index}", "name": facts.name, "memory_bytes": facts.total_memory})
+    cuda = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    devices: list[dict[str, Any]] = [
+        {"device": f"cuda:{index}", "name": gpu.name, "memory_bytes": gpu.total_memory}
+        for index, gpu in enumerate(cuda)
+    ]
     if torch.backends.mps.is_available():
-        devices.append({"device": "mps", "name": platform.processor() or "Apple GPU", "memory_bytes": None})
+        devices.append({"device": "mps", "name": platform.processor()})
     return {"devices": devices, "reason": None if devices else f"torch {torch.__version__} sees none"}
 
 
@@ -162,32 +131,16 @@ def _read(file: str) -> str:
 
 
 def _print(report: dict[str, Any]) -> None:
-    cpu, memory, cache, gpu = (report[key] for key in ("cpu", "memory", "cache_dir", "gpu"))
-    limit, cores = memory["cgroup_limit_bytes"], cpu["cgroup_limit"]
-    if gpu is None:
-        gpus = "not looked for"
-    else:
-        gpus = ", ".join(f"{one['device']} {one['name']}" for one in gpu["devices"]) or gpu["reason"]
-    rows = [
-        ("ruvllm", report["ruvllm"]),
-        ("python", "{version} at {executable}".format(**report["python"])),
-        ("system", report["os"]),
-        ("cpu", f"{cpu['model']}: {' '.join(cpu['features']) or cpu['machine']}"),
-        ("cores", f"{cpu['usable_cores']} usable of {cpu['logical_cores']}" + (f", cgroup {cores:g}" if cores else "")),
-        ("memory", f"{_gib(memory['available_bytes'])} free of {_gib(limit or memory['total_bytes'])}"),
-        ("gpu", gpus),
-        ("packages", ", ".join(f"{name} {found or 'MISSING'}" for name, found in report["packages"].items())),
-        (
-            "models in",
-            f"{cache['path']}, {_gib(cache['free_bytes'])} free" + ("" if cache["writable"] else ", READ-ONLY"),
-        ),
-    ]
-    print_table("This machine", ("what", "found"), rows)
+    machine = ("ruvllm", "python", "os", "cpu", "memory", "gpu", "packages", "cache_dir")
+    print_table("This machine", ("what", "found"), [(name, _shown(report[name])) for name in machine])
     changed = [one for one in report["settings"] if one["source"] != "default"]
     print_table("Settings that are not defaults", ("name", "value", "from"), [list(one.values()) for one in changed])
     print_plugins(report)
     print_table("Problems", ("problem",), [[problem] for problem in report["problems"]] or [["none"]])
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        parts = {k: f"{v / 2**30:.1f} GiB" if k.endswith("_bytes") and v else _shown(v) for k, v in value.items()}
+        return ", ".join(f"{name.removesuffix('_bytes')}: {part}" for name, part in parts.items() if part)
+    return " ".join(map(_shown, value)) if isinstance(value, list) else "" if value is None else str(value)

@@ -36,7 +36,7 @@ class CommandGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one command. Raises `PluginConflict` or `PluginError` if it is claimed twice or broken."""
-        registry = ctx.ensure_object(App).discover()
+        registry = ctx.ensure_object(App).registry
         known = {entry.name for entry in registry.entries("commands")}
         if cmd_name.startswith("-"):
             return None
@@ -88,7 +88,7 @@ class CommandGroup(click.Group):
 
 
 def _offers(ctx: click.Context) -> dict[str, Offer]:
-    return {entry.name: entry.offer for entry in ctx.ensure_object(App).discover().entries("commands")}
+    return {entry.name: entry.offer for entry in ctx.ensure_object(App).registry.entries("commands")}
 
 
 def _absent(registry: Any) -> str:
@@ -114,7 +114,9 @@ def main(args: Sequence[str] | None = None) -> None:
     code = _run(app, args)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if not code and not isinstance(error, BrokenPipeError):
+            click.echo(_explain(error, app.debug), err=True)
         code = _nobody_listens()
     sys.exit(code)
 
@@ -123,7 +125,11 @@ def _run(app: App, args: Sequence[str] | None) -> int:
     try:
         return cli.main(args, prog_name="ruvllm", standalone_mode=False, obj=app) or 0
     except SystemExit as end:  # click's answer to a completion request, or to a pipe that was closed
-        return _nobody_listens() if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
+        if isinstance(end.__context__, BrokenPipeError):
+            return _nobody_listens()
+        if isinstance(end.code, str):
+            click.echo(end.code, err=True)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except click.ClickException as error:
         error.show()
         return error.exit_code

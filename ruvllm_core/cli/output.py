@@ -30,7 +30,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+def progress(description: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr, if that is a terminal; gives the function that advances it by one."""
     from rich.console import Console
     from rich.progress import (
@@ -44,8 +44,14 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    # rich would send to the bar's stderr what is printed to stdout meanwhile.
     bar = Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=hidden or not console.is_terminal,
+        redirect_stdout=False,
     )
     with bar:
         task = bar.add_task(description, total=total)

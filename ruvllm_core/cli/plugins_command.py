@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @pass_app
 def command(app: App, as_json: bool) -> None:
     """List what every installed plugin offers, and what would be selected on this machine."""
-    registry = app.discover()
+    registry = app.registry
     report = {"plugins": registry.report(), "selected": selections(registry, app.settings)}
     if as_json:
         print_json(report)
@@ -37,42 +37,29 @@ def selections(registry: Registry, settings: Settings) -> dict[str, dict[str, An
         "backends": [settings.backend],
         "kernels": settings.kernels,
         "cache_policies": [settings.cache.policy],
+        "learning_loops": settings.learning,
     }
-    found = {kind: _select(registry, kind, preference) for kind, preference in wanted.items()}
-    return {**found, "learning_loops": _select_all(registry, "learning_loops", settings.learning)}
+    return {kind: _select(registry, kind, names) for kind, names in wanted.items()}
 
 
-def _select(registry: Registry, kind: str, preference: list[str] | str) -> dict[str, Any]:
-    """The first of `preference` that can run."""
-    others = [
-        (e.name, "not asked for") for e in registry.entries(kind) if preference != "auto" and e.name not in preference
-    ]
+def _select(registry: Registry, kind: str, names: list[str] | str) -> dict[str, Any]:
+    auto = names == "auto"
+    lost = {entry.name: "not asked for" for entry in registry.entries(kind) if not auto and entry.name not in names}
+    selected: list[str] = []
+    error = None
     try:
-        chosen = registry.select(kind, preference)
-    except RuvLLMError as error:
-        return _found([], others, str(error))
-    return _found([chosen.entry.name], chosen.lost + others)
-
-
-def _select_all(registry: Registry, kind: str, names: list[str] | str) -> dict[str, Any]:
-    """All of `names`, where ``auto`` is whatever can run."""
-    selected, lost = [], []
-    for entry in registry.entries(kind):
-        reason = "not asked for" if names != "auto" and entry.name not in names else entry.reason()
-        if reason:
-            lost.append((entry.name, reason))
+        if kind == "learning_loops":  # all that can run; everywhere else one is taken
+            reasons = {entry.name: entry.reason() for entry in registry.entries(kind) if entry.name not in lost}
+            lost |= {name: reason for name, reason in reasons.items() if reason}
+            selected = [name for name, reason in reasons.items() if not reason]
+            for name in () if auto else names:
+                registry.select(kind, [name])
         else:
-            selected.append(entry.name)
-    try:
-        for name in names if names != "auto" else []:
-            registry.select(kind, [name])
-    except RuvLLMError as error:
-        return _found(selected, lost, str(error))
-    return _found(selected, lost)
-
-
-def _found(selected: list[str], lost: list[tuple[str, str]], error: str | None = None) -> dict[str, Any]:
-    return {"selected": selected, "lost": [{"name": name, "reason": why} for name, why in lost], "error": error}
+            chosen = registry.select(kind, names)
+            selected, lost = [chosen.entry.name], {**dict(chosen.lost), **lost}
+    except RuvLLMError as problem:
+        error = str(problem)
+    return {"selected": selected, "lost": [{"name": n, "reason": r} for n, r in lost.items()], "error": error}
 
 
 def print_plugins(report: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ def command(app: App, model: str | None, prompt: str | None, prompt_file: Path |
             return
         rows: list[Any] = []
         add = write or (rows.append if as_json else print_json)
-        with progress("answering", len(jobs)) as advance:
+        with progress("answering", len(jobs), hidden=add is print_json and sys.stdout.isatty()) as advance:
             try:
                 failed = run_jobs(engine, jobs, lambda row: (add(row), advance())[0], template=not app.settings.run.raw)
             except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from ruvllm_core.cli.main import main
 from ruvllm_core.hookspecs import API_VERSION, ENTRY_POINT_GROUP
@@ -48,13 +49,15 @@ Install = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name in list(os.environ):
         if name.upper().startswith("RUVLLM_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("RUVLLM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
+    yield
+    structlog.reset_defaults()  # or others would log to the stderr of this test, which is closed by then
 
 
 @pytest.fixture
@@ -111,6 +114,14 @@ def candle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_dist_info(site, "ruvllm-candle-like", "candle_like = ruvllm_candle_like.hooks")
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+@pytest.fixture
+def forbid_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong must be found before a model is loaded."""
+    from ruvllm_core.generate.engine import Engine
+
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 CHAT_TEMPLATE = (

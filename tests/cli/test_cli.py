@@ -209,6 +209,24 @@ def test_a_closed_pipe_is_no_reason_to_complain() -> None:
     assert (result.returncode, result.stderr) == (1, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_an_error_without_traceback() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ruvllm_core.cli.main", "plugins", "--json"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == "error: OSError: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(("status", "code", "err"), [("'sorry'", 1, "sorry\n"), ("3", 3, ""), ("", 0, "")])
+def test_a_command_may_exit(install, ruvllm, status: str, code: int, err: str) -> None:
+    install(
+        "dist-hello", "hello", hello("dist-hello").replace("click.echo(", f"raise SystemExit({status}); click.echo(")
+    )
+    result = ruvllm("hello")
+    assert (result.code, result.out, result.err) == (code, "", err)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(ruvllm, shell: str) -> None:
     assert "_RUVLLM_COMPLETE" in ruvllm("completion", shell).out
