@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,11 +96,11 @@ def answers_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     Rows collect in ``PATH.part``, which takes the place of `path` when all is done, or when it ends early with some
     rows written. Raises `ConfigError` at once if the file cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     rows = 0
     try:
         if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        part = path.with_name(path.name + ".part")
         file = part.open("w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write answers to {path}: {error.strerror}", hint="name another --output") from None

@@ -39,27 +39,40 @@ def selections(registry: Registry, settings: Settings) -> dict[str, dict[str, An
         "cache_policies": [settings.cache.policy],
     }
     found = {kind: _select(registry, kind, preference) for kind, preference in wanted.items()}
-    loops = settings.learning
-    names = [entry.name for entry in registry.entries("learning_loops")] if loops == "auto" else loops
-    each = [_select(registry, "learning_loops", [name]) for name in dict.fromkeys(names)]
-    found["learning_loops"] = {
-        "selected": [name for one in each for name in one["selected"]],
-        "lost": [lost for one in each for lost in one["lost"]],
-        "error": next((one["error"] for one in each if one["error"] and loops != "auto"), None),
-    }
-    return found
+    return {**found, "learning_loops": _select_all(registry, "learning_loops", settings.learning)}
 
 
 def _select(registry: Registry, kind: str, preference: list[str] | str) -> dict[str, Any]:
+    """The first of `preference` that can run."""
+    others = [
+        (e.name, "not asked for") for e in registry.entries(kind) if preference != "auto" and e.name not in preference
+    ]
     try:
         chosen = registry.select(kind, preference)
     except RuvLLMError as error:
-        lost = [(entry.name, entry.reason()) for entry in registry.entries(kind) if preference == [entry.name]]
-        return {"selected": [], "lost": [{"name": n, "reason": r} for n, r in lost if r], "error": str(error)}
-    lost = [*chosen.lost]
-    if preference != "auto":
-        lost += [(e.name, "not asked for") for e in registry.entries(kind) if e.name not in preference]
-    return {"selected": [chosen.entry.name], "lost": [{"name": n, "reason": r} for n, r in lost], "error": None}
+        return _found([], others, str(error))
+    return _found([chosen.entry.name], chosen.lost + others)
+
+
+def _select_all(registry: Registry, kind: str, names: list[str] | str) -> dict[str, Any]:
+    """All of `names`, where ``auto`` is whatever can run."""
+    selected, lost = [], []
+    for entry in registry.entries(kind):
+        reason = "not asked for" if names != "auto" and entry.name not in names else entry.reason()
+        if reason:
+            lost.append((entry.name, reason))
+        else:
+            selected.append(entry.name)
+    try:
+        for name in names if names != "auto" else []:
+            registry.select(kind, [name])
+    except RuvLLMError as error:
+        return _found(selected, lost, str(error))
+    return _found(selected, lost)
+
+
+def _found(selected: list[str], lost: list[tuple[str, str]], error: str | None = None) -> dict[str, Any]:
+    return {"selected": selected, "lost": [{"name": name, "reason": why} for name, why in lost], "error": error}
 
 
 def print_plugins(report: dict[str, Any]) -> None:

@@ -80,9 +80,10 @@ class FastCodec:
     Args:
         fast: the tokenizer; truncation and padding are switched off in it.
         name: what error messages call it.
+        vocab_size: one more than the highest id, where the caller knows it (finding out copies the vocabulary).
     """
 
-    def __init__(self, fast: FastTokenizer, name: str) -> None:
+    def __init__(self, fast: FastTokenizer, name: str, vocab_size: int | None = None) -> None:
         fast.no_truncation()
         fast.no_padding()
         self._fast = fast
@@ -90,7 +91,7 @@ class FastCodec:
         added = fast.get_added_tokens_decoder()
         self._added = {token: entry.content for token, entry in added.items()}
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
-        self.vocab_size = max([*fast.get_vocab(with_added_tokens=True).values()], default=-1) + 1
+        self.vocab_size = vocab_size or max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         steps = _decoder_steps(fast)
         kinds = [step["type"] for step in steps]
         if kinds == ["ByteLevel"]:

@@ -7,7 +7,7 @@ project); the meaning of the rotary scaling fields follows ``modeling_rope_utils
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,71 +41,50 @@ class Fields:
     Every method raises `ModelError` naming the field if its value is of another type, or missing without a default.
     """
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """`prefix` is put before every name: looked up with it in GGUF metadata, see `section` for nested values."""
-        self._values = values
-        self._prefix = prefix
-        self._label = prefix
-
-    def section(self, name: str) -> Fields:
-        """The mapping nested under `name`; an empty one if it is missing."""
-        value = self.raw(name)
-        if value is not None and not isinstance(value, Mapping):
-            raise self._wrong(name, "an object", value)
-        inner = Fields(value or {})
-        inner._label = f"{self._label}{name}."
-        return inner
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", label: str = "") -> None:
+        """`prefix` is put before every name that is looked up, `label` before every name in a message."""
+        self._values, self._prefix, self._label = values, prefix, label + prefix
 
     def raw(self, name: str) -> Any:
         """The value as it is, or None."""
         return self._values.get(self._prefix + name)
 
+    def section(self, name: str) -> Fields:
+        """The mapping nested under `name`; an empty one if it is missing."""
+        value = self._get(name, "an object", lambda value: isinstance(value, Mapping), {})
+        return Fields(value, label=f"{self._label}{name}.")
+
     def integer(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, "an integer", default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is not int:
-            raise self._wrong(name, "an integer", value)
-        return value
+        return int(self._get(name, "an integer", lambda value: _is_number(value) and value == int(value), default))
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, "a number", default)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self._wrong(name, "a finite number", value)
-        return float(value)
+        return float(self._get(name, "a finite number", _is_number, default))
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name, "true or false", default)
-        if type(value) is not bool:
-            raise self._wrong(name, "true or false", value)
-        return value
+        return bool(self._get(name, "true or false", lambda value: isinstance(value, bool), default))
 
     def text(self, name: str, default: str | None = None) -> str:
-        value = self._get(name, "a string", default)
-        if not isinstance(value, str):
-            raise self._wrong(name, "a string", value)
-        return value
+        return str(self._get(name, "a string", lambda value: isinstance(value, str), default))
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        value = self._get(name, "a list of numbers", None)
-        if not isinstance(value, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
-            raise self._wrong(name, "a list of numbers", value)
+        value = self._get(name, "a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v)), None)
         return tuple(map(float, value))
 
-    def _get(self, name: str, expected: str, default: Any) -> Any:
+    def _get(self, name: str, expected: str, test: Callable[[Any], bool], default: Any) -> Any:
         value = self.raw(name)
-        if value is None:
-            value = default
-        if value is None:
+        if value is None and default is None:
             raise ModelError(
                 f"the field '{self._label}{name}' ({expected}) is missing",
                 hint="the model is of another family, or its files are incomplete: download it again",
             )
-        return value
+        if value is not None and not test(value):
+            found = repr(value) if isinstance(value, bool | int | float | str) else type(value).__name__
+            raise ModelError(f"the field '{self._label}{name}' should be {expected}, found {found:.60}")
+        return default if value is None else value
 
-    def _wrong(self, name: str, expected: str, value: Any) -> ModelError:
-        found = repr(value) if len(repr(value)) < 60 else f"{type(value).__name__} of {len(value)} values"
-        return ModelError(f"the field '{self._label}{name}' should be {expected}, found {found}")
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2.0**63  # false for NaN, too
 
 
 def hf_common(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +116,8 @@ def _hf_rope(config: Fields, head_dim: int) -> dict[str, Any]:
     rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
     rotated = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if not 0.0 < rotated <= 1.0:
+        raise ModelError(f"partial_rotary_factor is {rotated}, but must be above 0 and at most 1")
     max_context = config.integer("max_position_embeddings")
     name = rope.text("rope_type", rope.text("type", "default"))
     if name not in _HF_ROPE_KINDS:

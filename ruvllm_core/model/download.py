@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 
 from ruvllm_core.errors import ModelError, ModelNotFound, RuvLLMError
-from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir
+from ruvllm_core.log import get_logger
+from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir, snapshot_folder
 from ruvllm_core.model.ref import ModelRef, choose_gguf
 from ruvllm_core.settings import Settings
 
+log = get_logger("download")
+#: huggingface_hub goes on by itself after some failures, not after all (a reset connection is one).
+_ATTEMPTS = 3
 _TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -31,33 +35,48 @@ _TEXT_FILES = (
 def download_model(model: ModelRef, settings: Settings, *, progress: bool = True, tokenizer_only: bool = False) -> Path:
     """Bring a hub model into the cache folder, as it is on the hub now: its GGUF file, or its folder.
 
-    Files that are here already are not downloaded again. What a failure leaves are whole files, and possibly
-    ``blobs/*.incomplete``, which nothing takes for a model. Raises `ModelNotFound` or `ModelError`.
+    Files that are here already are not downloaded again. Until all are here, the revision's name stays with the commit
+    it had. A failure leaves whole files only, or nothing. Raises `ModelNotFound` or `ModelError`.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     assert model.repo is not None
     endpoint = os.environ.get("HF_ENDPOINT") or None
     with _explained(model, settings):
         info = HfApi(endpoint=endpoint).model_info(model.repo, revision=model.revision, files_metadata=True)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    files, gguf = _wanted(sorted(sizes), model, settings, tokenizer_only)
-    snapshot = repo_dir(model.repo, settings) / "snapshots" / str(info.sha)
-    _check_space(sum(sizes[name] for name in files if not (snapshot / name).is_file()), model, settings)
-    with _explained(model, settings), _bars(progress):
-        folder = Path(
-            snapshot_download(
-                model.repo,
-                revision=model.revision,
-                cache_dir=hub_dir(settings),
-                allow_patterns=[escape(name) for name in files],
-                endpoint=endpoint,
-            )
-        )
-    absent = [name for name in files if not (folder / name).is_file()]
-    if absent:
-        raise ModelError(f"the download of {model.text} is incomplete: {', '.join(absent)} missing", hint="try again")
-    return folder / gguf if gguf is not None else folder
+    offered = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    files, gguf = _wanted(sorted(offered), model, settings, tokenizer_only)
+    commit, repo = str(info.sha), repo_dir(model.repo, settings)
+    snapshot = repo / "snapshots" / commit
+    needed = 0
+    for name in files:
+        lfs = offered[name].lfs
+        blob = lfs.sha256 if lfs is not None else offered[name].blob_id
+        if not (snapshot / name).is_file() and not (repo / "blobs" / str(blob)).is_file():
+            needed += offered[name].size or 0
+    _check_space(needed, model, settings)
+    try:
+        with _explained(model, settings), _bars(progress):
+            # One after the other in this thread: huggingface_hub's parallel downloads do not stop at Ctrl-C. The last
+            # step has nothing left to download and lets the revision name the commit.
+            for name, revision in [*((name, commit) for name in files), (files[0], model.revision)]:
+                for attempt in range(_ATTEMPTS):
+                    try:
+                        hf_hub_download(
+                            model.repo, name, revision=revision, cache_dir=hub_dir(settings), endpoint=endpoint
+                        )
+                        break
+                    except Exception as error:
+                        if attempt == _ATTEMPTS - 1 or not _is_network(error):
+                            raise
+                        log.warning("connection lost, trying again", file=name, error=_brief(error))
+                        time.sleep(1)
+    finally:
+        if not any(path.is_file() for part in ("blobs", "snapshots") for path in (repo / part).rglob("*")):
+            shutil.rmtree(repo, ignore_errors=True)
+    if snapshot_folder(model, settings) != snapshot:
+        raise ModelError(f"{model.text} changed on the hub while it was downloaded", hint="try again")
+    return snapshot / gguf if gguf is not None else snapshot
 
 
 def _wanted(
@@ -69,7 +88,8 @@ def _wanted(
         return texts, None
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if SAFETENSORS_INDEX in names:
-        weights = [SAFETENSORS_INDEX, *(name for name in weights if name.startswith("model-"))]
+        shards = [name for name in weights if "-of-" in name and not name.startswith("consolidated")]
+        weights = [SAFETENSORS_INDEX, *shards]
     elif "model.safetensors" in names:
         weights = ["model.safetensors"]
     if model.file is None and "config.json" in texts and weights:

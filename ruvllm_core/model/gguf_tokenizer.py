@@ -151,7 +151,7 @@ def _byte_level(pieces: list[str], merges: list[str], types: Sequence[int], pre:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     fast.decoder = decoders.ByteLevel()
-    return FastCodec(fast, name)
+    return FastCodec(fast, name, vocab_size=len(pieces))
 
 
 def _bad_merge(merges: list[str], vocab: dict[str, int]) -> str | None:

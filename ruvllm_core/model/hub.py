@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from ruvllm_core.errors import ModelError, ModelNotFound
+from ruvllm_core.errors import ModelNotFound
 from ruvllm_core.model import smollm2
 from ruvllm_core.model.ref import ModelRef, choose_gguf, names_quantization, resolve_local
 from ruvllm_core.settings import Settings
@@ -95,9 +95,14 @@ def snapshot_folder(model: ModelRef, settings: Settings) -> Path | None:
     commit = model.revision or "main"
     pointer = repo / "refs" / commit
     if pointer.is_file():
-        commit = pointer.read_text(encoding="utf-8").strip()
+        commit = read_ref(pointer)
     folder = repo / "snapshots" / commit
     return folder if folder.is_dir() else None
+
+
+def read_ref(file: Path) -> str:
+    """The commit that a file of ``refs`` names."""
+    return file.read_text(encoding="ascii", errors="replace").strip()
 
 
 def is_whole(folder: Path) -> bool:

@@ -9,29 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, near
+import numpy as np
+
+from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, QuantizationError, near
 from ruvllm_core.log import get_logger
 from ruvllm_core.model.dequant import count_non_finite
 from ruvllm_core.model.gguf import GGUFFile
-from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.quant import FLOAT_SCHEMES, QuantTensor
 from ruvllm_core.model.safetensors import SafetensorsFolder, read_json
 from ruvllm_core.model.spec import ModelSpec, TensorSource
 
 if TYPE_CHECKING:
     from ruvllm_core.model.tokenizer import Tokenizer
-    from ruvllm_core.protocols import Architecture
+    from ruvllm_core.protocols import Architecture, Quantizer
     from ruvllm_core.registry import Registry
 
 _log = get_logger("loader")
 
 # Tables that follow from the spec. Any other surplus tensor of a layer means a model that we would compute wrongly.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn_rot_embd\.weight$|^rope_(freqs|factors_short|factors_long)\.weight$")
+_QUANTIZED_AT_ONCE = 1 << 25  # values; 128 MiB of float32
 _MATTERS = re.compile(r"(^|\.)(layers|blk)\.\d+\.|\.bias$")
 
 
 @dataclass
 class ModelFile:
-    """An open model. Weights are views of memory-mapped files, unless `quantize` has replaced them.
+    """An open model. Weights are views of memory-mapped files, unless `quantize_weights` has replaced them.
 
     Attributes:
         path: the ``.gguf`` file or the folder.
@@ -86,6 +89,39 @@ def open_model(path: Path, registry: Registry) -> ModelFile:
         ModelError: the family is unknown, or its configuration wrong or not supported; names file and field.
     """
     return _open_folder(path, registry) if path.is_dir() else _open_gguf(path, registry)
+
+
+def quantize_weights(model: ModelFile, quantizer: Quantizer, *, progress: Callable[[int], None] | None = None) -> None:
+    """Replace the float matrices of `model` by blocks, so that it needs no more memory than a quantized file.
+
+    Vectors stay as they are. `progress` is called with the number of bytes read, after each piece.
+    Raises `QuantizationError` if a matrix is quantized already to another scheme than `quantizer` has for it, or if
+    its values cannot be encoded.
+    """
+    matrices = {name: tensor for name, tensor in model.weights.items() if len(tensor.shape) == 2}
+    wanted: dict[str, str] = {}
+    for name, tensor in matrices.items():
+        # A tied embedding doubles as output matrix, which recipes give more bits.
+        called = "output.weight" if name == "embed" and model.spec.tied_embeddings else model.sources[name].gguf
+        wanted[name] = quantizer.scheme_for(called, tensor.shape, model.spec.num_layers)
+        if tensor.scheme not in (wanted[name], *FLOAT_SCHEMES):
+            raise QuantizationError(
+                f"{model.path} cannot be quantized to {quantizer.name} while loading: it is quantized already "
+                f"({model.scheme}; {model.sources[name].gguf} is {tensor.scheme}, not {wanted[name]})",
+                hint="leave quantization unset to use the file as it is, or start from an unquantized model",
+            )
+    for name, tensor in matrices.items():
+        if tensor.scheme == wanted[name]:
+            continue
+        step = max(_QUANTIZED_AT_ONCE // tensor.columns, 1)
+        pieces = []
+        for start in range(0, tensor.num_rows, step):
+            piece = tensor.rows(start, min(start + step, tensor.num_rows))
+            pieces.append(quantizer.quantize(piece.dequantize(), wanted[name], name=name).data)
+            if progress:
+                progress(piece.nbytes)
+        data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        model.weights[name] = QuantTensor(wanted[name], tensor.shape, data)
 
 
 def _open_gguf(path: Path, registry: Registry) -> ModelFile:

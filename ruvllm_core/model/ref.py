@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,8 +52,12 @@ class ModelRef:
                 raise ModelNotFound(f"{text!r} names no model", hint=_FORMS)
             if text in SHORT_NAMES:
                 return cls("short", text)
-        path = Path(ref).expanduser()
-        if path.exists():
+        try:
+            path = Path(ref).expanduser()
+            exists = path.exists()
+        except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered, an unknown ~user
+            raise ModelNotFound(f"{text} names no model: {error}", hint=_FORMS) from None
+        if exists:
             return cls("local", text, path=path)
         match = _HUB_ID.fullmatch(text)
         if isinstance(ref, Path) or match is None or (match["file"] is None and _is_path_like(text)):
@@ -159,12 +164,12 @@ def _missing(text: str, path: Path) -> ModelNotFound:
     parts = text.split("/")
     if len(parts) > 2 and parts[0] not in ("", ".", "..", "~") and text.lower().endswith(".gguf"):
         hint = f"a file on the hub is named {'/'.join(parts[:2])}:{'/'.join(parts[2:])}"
-    siblings: list[str] = []
-    if path.parent.is_dir():
-        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
-        close = near(path.name, [*siblings, *(SHORT_NAMES if "/" not in text else ())])
-        if close.startswith("did you mean"):
-            hint = close
+    names = [] if "/" in text else list(SHORT_NAMES)
+    if os.access(path.parent, os.R_OK | os.X_OK):
+        names += [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    close = near(path.name, names)
+    if close.startswith("did you mean"):
+        hint = close
     return ModelNotFound(f"there is no file or folder {path}", hint=hint)
 
 

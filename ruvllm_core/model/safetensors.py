@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path} has no 'weight_map' of tensors to files", hint=DAMAGED)
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\]+\.safetensors", shard):
             raise FormatError(f"{path}: tensor '{name}' is placed in {shard!r}, which is no plain file name")
     return weight_map
 

@@ -145,10 +145,12 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, tied embeddings counted once."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * layer + self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        """Number of weights, norms and biases included, tied embeddings counted once."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = 2 * hidden * (q + kv) + 3 * hidden * inner + 2 * hidden
+        layer += self.qkv_bias * (q + 2 * kv) + self.attention_out_bias * hidden + self.mlp_bias * (2 * inner + hidden)
+        return self.num_layers * layer + self.vocab_size * hidden * (1 if self.tied_embeddings else 2) + hidden
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of `layer`, or None."""

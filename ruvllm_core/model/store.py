@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ruvllm_core.errors import ModelError, ModelNotFound, near
 from ruvllm_core.model import smollm2
-from ruvllm_core.model.hub import hub_dir, is_whole, repo_dir, snapshot_folder
+from ruvllm_core.model.hub import hub_dir, is_whole, read_ref, repo_dir, snapshot_folder
 from ruvllm_core.model.ref import ModelRef
 from ruvllm_core.settings import Settings
 
@@ -36,13 +36,19 @@ class ModelEntry:
 
 
 def list_models(settings: Settings) -> list[ModelEntry]:
-    """All models of the cache folder, and smollm2 if its package is installed, by name."""
+    """All models of the cache folder, and smollm2 if its package is installed, by name.
+
+    Raises `ModelError` if the cache folder cannot be read.
+    """
     entries = []
-    for path, source in ((smollm2.installed(), "package"), (smollm2.cached(settings.cache_dir), "cache")):
-        if path is not None:
-            entries.append(ModelEntry("smollm2", path, path.stat().st_size, "gguf", source))
-    for repo in hub_dir(settings).glob("models--*--*"):
-        entries += _of_repo(repo)
+    try:
+        for path, source in ((smollm2.installed(), "package"), (smollm2.cached(settings.cache_dir), "cache")):
+            if path is not None:
+                entries.append(ModelEntry("smollm2", path, path.stat().st_size, "gguf", source))
+        for repo in hub_dir(settings).glob("models--*--*"):
+            entries += _of_repo(repo)
+    except OSError as error:
+        raise ModelError(f"cannot read the cache folder {settings.cache_dir}: {error}") from None
     return sorted(entries, key=lambda entry: (entry.name, entry.source))
 
 
@@ -79,10 +85,7 @@ def remove_model(name: str, settings: Settings) -> tuple[list[ModelEntry], int]:
     folder = repo_dir(model.repo, settings) if model.repo else settings.cache_dir / "smollm2"
     before = _size(folder)
     try:
-        if model.repo is None:
-            for entry in found:
-                _inside(entry.path, settings).unlink()
-        elif model.file is None and model.revision is None:
+        if model.file is None and model.revision is None:
             shutil.rmtree(_inside(folder, settings))
         elif model.file is not None:
             _remove_files(folder, [entry.path for entry in found], settings)
@@ -100,7 +103,7 @@ def _of_repo(repo: Path) -> Iterator[ModelEntry]:
     for path in sorted((repo / "refs").rglob("*")):
         if path.is_file():
             ref = path.relative_to(repo / "refs").as_posix()
-            commit = path.read_text(encoding="utf-8").strip()
+            commit = read_ref(path)
             refs[commit] = ref if ref == "main" else refs.get(commit, ref)
     snapshots = [path for path in (repo / "snapshots").glob("*") if path.is_dir()]
     if not snapshots:
@@ -116,8 +119,10 @@ def _of_repo(repo: Path) -> Iterator[ModelEntry]:
             yield ModelEntry(f"{full}:{inner}", path, path.stat().st_size, "gguf", "cache", commit)
         if is_whole(snapshot) or not ggufs:
             size = sum(path.stat().st_size for path in files if path not in ggufs)
-            kind = "safetensors" if is_whole(snapshot) else "incomplete"
-            yield ModelEntry(full, snapshot, size, kind, "cache", commit)
+            if is_whole(snapshot):
+                yield ModelEntry(full, snapshot, size, "safetensors", "cache", commit)
+            else:  # a first download that was cut off has no ref yet
+                yield ModelEntry(full if refs else name, snapshot, size, "incomplete", "cache", commit)
 
 
 def _is_meant(entry: ModelEntry, model: ModelRef, settings: Settings) -> bool:
@@ -144,7 +149,7 @@ def _remove_files(repo: Path, files: list[Path], settings: Settings) -> None:
         if not any(path.is_file() for path in snapshot.rglob("*")):
             shutil.rmtree(snapshot)
     for ref in [path for path in (repo / "refs").rglob("*") if path.is_file()]:
-        if not (snapshots / ref.read_text(encoding="utf-8").strip()).is_dir():
+        if not (snapshots / read_ref(ref)).is_dir():
             ref.unlink()
     if not any(snapshots.iterdir()):
         shutil.rmtree(repo)

@@ -33,6 +33,15 @@ def test_llama2(oracle: Any, sizes: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(), LlamaConfig(hidden_size=512, num_hidden_layers=3, attention_bias=True, mlp_bias=True, head_dim=96)],
+    ids=["llama-2-7b", "biases"],
+)
+def test_names_and_sizes(check_names: Any, config: LlamaConfig) -> None:
+    check_names(config, "llama")
+
+
+@pytest.mark.parametrize(
     "rope",
     [
         LLAMA3,
@@ -66,9 +75,10 @@ def test_biases_wide_heads_and_tied_embeddings(oracle: Any, sizes: Any) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf(oracle: Any, sizes: Any, tmp_path: Any, tied: bool) -> None:
     made = oracle(LlamaConfig(**sizes, tie_word_embeddings=tied))
-    metadata = {"general.architecture": "llama", "llama.rope.dimension_count": 16, "llama.vocab_size": 96}
+    metadata = {"general.architecture": "llama", "llama.rope.dimension_count": 16}
     path = made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=True))
     spec = made.check(path).spec
+    made.check_their_reading(path)
     assert spec.rope_interleaved
     assert spec.tied_embeddings is tied
 
@@ -93,6 +103,25 @@ def test_gguf_rope_scaling(oracle: Any, sizes: Any, tmp_path: Any, kind: str) ->
         "llama.rope.scaling.type": kind,
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 32,
+    }
+    made.check(made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=True)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("yarn_attn_factor", 1.3, 1.3), ("attn_factor", 1.1, 1.1 * (0.1 * np.log(4.0) + 1.0))],
+)
+def test_gguf_yarn_factors(oracle: Any, sizes: Any, tmp_path: Any, key: str, value: float, expected: float) -> None:
+    rope = {**YARN, "attention_factor": float(expected), "beta_fast": 16.0, "beta_slow": 2.0}
+    made = oracle(LlamaConfig(**sizes, rope_parameters=rope))
+    metadata = {
+        "general.architecture": "llama",
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 32,
+        "llama.rope.scaling.yarn_beta_fast": 16.0,
+        "llama.rope.scaling.yarn_beta_slow": 2.0,
+        f"llama.rope.scaling.{key}": value,
     }
     made.check(made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=True)))
 
@@ -129,7 +158,7 @@ def test_unexpected_bias_is_an_error(oracle: Any, sizes: Any, registry: Any) -> 
         ({"tie_word_embeddings": 1}, r"'tie_word_embeddings' should be true or false"),
         ({"hidden_act": "silly"}, r"activation 'silly' is not supported\n  did you mean silu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rope type 'dynamic' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, r"'rope_scaling\.factor' \(a number\) is missing"),
+        ({"rope_scaling": {"rope_type": "linear"}}, r"'rope_scaling\.factor' \(a finite number\) is missing"),
         ({"rope_scaling": [1]}, r"'rope_scaling' should be an object"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, r"factor is 0\.0, but must be positive"),
         ({"num_key_value_heads": 3}, r"4 query heads cannot share 3 key/value heads"),
@@ -160,8 +189,8 @@ def test_smollm2_equals_transformers(open_file: Any, our_logits: Any) -> None:
     model = open_file(path)
     text = "Why is the sky blue? The short answer is Rayleigh scattering: def f(x):\n    return x ** 2\n"
     tokens = model.tokenizer().encode(text)
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+    with torch.inference_mode():  # in float64, so that only our own rounding counts
+        expected = theirs.double()(torch.tensor([tokens])).logits[0].numpy()
     ours = our_logits(model, tokens, [9, 3], len(tokens))
-    np.testing.assert_allclose(ours, expected, atol=2e-3)
+    assert np.abs(ours - expected).max() <= 1e-4
     assert (ours.argmax(1) == expected.argmax(1)).all()

@@ -44,6 +44,11 @@ def gguf_of_long(made: Any, path: Path, metadata: dict[str, Any]) -> Path:
     return made.write_gguf(path, {**common, **metadata}, tensors)
 
 
+def test_names_and_sizes(check_names: Any) -> None:
+    assert check_names(Phi3Config(), "phi3").parameters == 3_821_079_552, "Phi-3-mini as published"
+    check_names(Phi3Config(num_key_value_heads=8, tie_word_embeddings=True, num_hidden_layers=2), "phi3")
+
+
 def test_short_context_model(oracle: Any, sizes: Any) -> None:
     spec = oracle(Phi3Config(**sizes)).check().spec
     assert spec.rope_scaling.kind == "none"
@@ -92,6 +97,14 @@ def test_gguf(oracle: Any, sizes: Any, tmp_path: Path) -> None:
     assert not spec.rope_interleaved
 
 
+def test_gguf_without_window(oracle: Any, sizes: Any, tmp_path: Path) -> None:
+    made = oracle(Phi3Config(**sizes))
+    metadata = {"general.architecture": "phi3", "phi3.attention.sliding_window": 0}
+    path = made.write_gguf(tmp_path / "m.gguf", metadata, made.gguf_tensors(permute=False))
+    assert made.check(path).spec.sliding_window is None
+    made.check_their_reading(path)
+
+
 @pytest.mark.parametrize("explicit", [False, True], ids=["rule", "attn_factor"])
 def test_gguf_longrope(oracle: Any, sizes: Any, tmp_path: Path, explicit: bool) -> None:
     made = oracle(long_config(sizes))
@@ -129,5 +142,5 @@ def test_wrong_rope(oracle: Any, sizes: Any, tmp_path: Path) -> None:
     tensors = made.gguf_tensors(permute=False)
     tensors["rope_factors_long.weight"] = np.ones(8, dtype=np.float32)
     path = made.write_gguf(tmp_path / "m.gguf", {"general.architecture": "phi3"}, tensors)
-    with pytest.raises(ModelError, match="longrope needs the tensors 'rope_factors_short.weight'"):
+    with pytest.raises(ModelError, match=r"longrope needs the tensors 'rope_factors_short\.weight'"):
         made.check(path)

@@ -24,6 +24,20 @@ def test_qwen2(oracle: Any, sizes: Any, tied: bool) -> None:
     assert spec.rope_theta == 1000000.0
 
 
+def test_names_and_sizes(check_names: Any) -> None:
+    check_names(Qwen2Config(), "qwen2")
+    tied = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    assert check_names(tied, "qwen2").parameters == 494_032_768, "Qwen2.5-0.5B as published"
+
+
 def test_sliding_layers(oracle: Any, sizes: Any) -> None:
     made = oracle(Qwen2Config(**sizes, **PLAIN, **WINDOW, max_window_layers=1))
     model = made.check()
@@ -42,6 +56,7 @@ def test_gguf(oracle: Any, sizes: Any, tmp_path: Path) -> None:
     made = oracle(Qwen2Config(**sizes, **PLAIN, tie_word_embeddings=True))
     path = made.write_gguf(tmp_path / "m.gguf", {"general.architecture": "qwen2"}, made.gguf_tensors(permute=False))
     spec = made.check(path).spec
+    made.check_their_reading(path)
     assert not spec.rope_interleaved
     assert spec.tied_embeddings
 

@@ -11,6 +11,10 @@ from transformers import MistralConfig
 from ruvllm_core.errors import ModelError
 
 
+def test_names_and_sizes(check_names: Any) -> None:
+    assert check_names(MistralConfig(), "mistral").parameters == 7_241_732_096, "Mistral 7B as published"
+
+
 def test_without_window(oracle: Any, sizes: Any) -> None:
     assert oracle(MistralConfig(**sizes, sliding_window=None, head_dim=24)).check().spec.sliding_window is None
 

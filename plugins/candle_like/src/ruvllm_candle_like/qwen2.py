@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ruvllm_core.errors import ModelError
@@ -17,15 +18,11 @@ class Qwen2:
     gguf_names = ("qwen2",)
 
     def spec_from_hf(self, config: Mapping[str, Any]) -> ModelSpec:
-        fields, common = Fields(config), hf_common(config)
-        layers = _sliding_layers(config, common["num_layers"])
-        return ModelSpec(
-            architecture=self.name,
-            **common,
-            qkv_bias=True,
-            sliding_window=fields.integer("sliding_window", 4096) if any(layers) else None,
-            sliding_layers=layers if any(layers) else (),
-        )
+        spec = ModelSpec(architecture=self.name, **hf_common(config), qkv_bias=True)
+        layers = _sliding_layers(config, spec.num_layers)
+        if not any(layers):
+            return spec
+        return replace(spec, sliding_window=Fields(config).integer("sliding_window", 4096), sliding_layers=layers)
 
     def spec_from_gguf(self, metadata: Mapping[str, Any], tensor: TensorLookup) -> ModelSpec:
         return ModelSpec(architecture=self.name, **gguf_common(metadata, tensor), qkv_bias=True)
@@ -38,13 +35,13 @@ def _sliding_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, .
     """Which layers have a window: as ``layer_types`` says, or all from ``max_window_layers`` on."""
     fields = Fields(config)
     if not fields.flag("use_sliding_window", False):
-        return (False,) * num_layers
+        return ()
     types = fields.raw("layer_types")
     if types is None:
         first = fields.integer("max_window_layers", 28)
         return tuple(layer >= first for layer in range(num_layers))
     known = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(types, list) or any(kind not in known for kind in types):
+    if not isinstance(types, list) or any(kind not in tuple(known) for kind in types):
         raise ModelError(f"layer_types should list {' or '.join(known)} for each layer, found {types!r}")
     return tuple(known[kind] for kind in types)
 

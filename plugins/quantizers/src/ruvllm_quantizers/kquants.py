@@ -22,6 +22,7 @@ from .simple import Floats, half_bytes, inverse
 
 SUPER_BLOCK = 256
 _REFITS = 2
+_SINGULAR = 1e-5  # determinants below this part of their first term are rounding noise
 
 
 class _Affine(NamedTuple):
@@ -141,8 +142,8 @@ def _affine(blocks: Floats, *, size: int, levels: int, scale_levels: int, widths
         step = inverse(s)
         q = _round(c.x, step, b * step, 0, levels)
         error = c.per_block((c.w * np.square(q * s - b - c.x)).sum(axis=0))
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
+        better = error < best_error  # never where the first scale is beyond half precision: the caller reports that
+        best_error = np.where(better, error, best_error) if attempt else error
         columns = np.repeat(better[:, 0], c.groups)
         best = (
             (np.where(better, d_out, best[0]), np.where(better, m_out, best[1]), np.where(columns, q, best[2]))
@@ -160,7 +161,7 @@ def _affine(blocks: Floats, *, size: int, levels: int, scale_levels: int, widths
         ax = c.per_block(a * (wq * c.x).sum(axis=0))
         bx = c.per_block(k * c.sum_wx)
         determinant = aa * bb - ab * ab
-        usable = determinant > 1e-6 * aa * bb
+        usable = determinant > _SINGULAR * aa * bb
         inv = inverse(np.where(usable, determinant, 0))
         d = np.where(usable, (ax * bb - ab * bx) * inv, ax * inverse(aa))
         m = np.where(usable, (ab * ax - aa * bx) * inv, 0)
@@ -185,12 +186,13 @@ def _search_affine(c: _Columns, levels: int, widths: npt.NDArray[np.float64]) ->
         wq *= q
         s_qq = wq.sum(axis=0)
         determinant = c.sum_w * s_qq - s_q * s_q
-        inv = inverse(np.maximum(determinant, 0))
+        inv = inverse(determinant)
         scale = (c.sum_w * s_qx - s_q * c.sum_wx) * inv
         minimum = (s_q * s_qx - s_qq * c.sum_wx) * inv
-        positive = minimum < 0  # the format cannot lift the grid above zero
-        scale = np.maximum(np.where(positive, s_qx * inverse(s_qq), scale), 0)
-        minimum = np.where(positive, 0, minimum)
+        # The format cannot lift the grid above zero, and equal quants leave the minimum undetermined.
+        lone = (minimum < 0) | (determinant < _SINGULAR * c.sum_w * s_qq)
+        scale = np.maximum(np.where(lone, s_qx * inverse(s_qq), scale), 0)
+        minimum = np.where(lone, 0, minimum)
         gain = 2 * (scale * s_qx - minimum * c.sum_wx) - (
             scale * scale * s_qq - 2 * scale * minimum * s_q + minimum * minimum * c.sum_w
         )
@@ -215,8 +217,8 @@ def _symmetric(blocks: Floats, *, size: int, half: int, scale_half: int, widths:
         s = (scales * d).reshape(-1)
         q = _round(c.x, inverse(s), 0, -half, half - 1)
         error = c.per_block((c.w * np.square(q * s - c.x)).sum(axis=0))
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
+        better = error < best_error  # never where the first scale is beyond half precision: the caller reports that
+        best_error = np.where(better, error, best_error) if attempt else error
         columns = np.repeat(better[:, 0], c.groups)
         best = (np.where(better, d_out, best[0]), np.where(columns, q, best[1])) if best else (d_out, q)
         if attempt == _REFITS:

@@ -11,6 +11,7 @@ from ruvllm_core.errors import FormatError
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.gguf_parser import ValueType
 from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Source:
     @property
     def num_layers(self) -> int:
         return int(self.metadata.get(f"{self.metadata.get('general.architecture')}.block_count", 0))
+
+
+def open_source(path: Path, registry: Registry) -> Source:
+    """A GGUF file or a Hugging Face folder as a source. Raises `ModelError` or `TokenizerError` if it cannot be one."""
+    if path.is_dir():
+        from .hf_source import hf_source
+
+        return hf_source(path, registry)
+    return gguf_source(path)
 
 
 def gguf_source(path: Path) -> Source:

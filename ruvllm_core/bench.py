@@ -1,0 +1,138 @@
+"""Speed of a loaded model: its decoder and cache on token ids of no meaning, without text or sampling around them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ruvllm_core.decode.batch import Batch
+from ruvllm_core.errors import RequestError
+
+if TYPE_CHECKING:
+    from ruvllm_core.generate.load import Parts
+
+_IDS = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What to measure.
+
+    Attributes:
+        prefill, decode: tokens of each sequence that are computed at once, and then one by one.
+        depth: tokens of each sequence that are in the cache before.
+        sequences: how many run side by side.
+        repeats: measurements; the medians count. One more, of at most 32 tokens, warms up.
+    """
+
+    prefill: int = 128
+    decode: int = 32
+    depth: int = 0
+    sequences: int = 1
+    repeats: int = 3
+
+    @property
+    def capacity(self) -> int:
+        return self.depth + self.prefill + self.decode
+
+
+def measure(parts: Parts, work: Workload, chunk: int) -> dict[str, Any]:
+    """Tokens a second, all sequences together: medians as ``prefill_tok_s`` and ``decode_tok_s``, and every run.
+
+    A decode step ends with the likeliest token of each sequence, which the next step begins with. `chunk` is the most
+    tokens computed at once. Raises `RequestError` if the sequences do not fit into the context.
+    """
+    if work.capacity > parts.info.max_context:
+        raise RequestError(
+            f"depth, prefill and decode are {work.capacity} tokens, the context holds {parts.info.max_context}",
+            hint="measure fewer, or raise max_context if the model allows it",
+        )
+    runner = _Runner(parts, work, chunk)
+    runner.run(min(work.prefill, 32), min(work.decode, 2))
+    runs = [runner.run(work.prefill, work.decode) for _ in range(work.repeats)]
+    prefill = [work.sequences * work.prefill / seconds for seconds, _ in runs]
+    decode = [work.sequences * work.decode / seconds for _, seconds in runs]
+    return {
+        "prefill_tok_s": median(prefill),
+        "decode_tok_s": median(decode),
+        "prefill_tok_s_runs": prefill,
+        "decode_tok_s_runs": decode,
+    }
+
+
+def peak_rss_mb() -> float:
+    """Most memory this process has had in use so far, mapped files included, in MiB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset / 2**20)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class _Runner:
+    """Sequences that hold `depth` tokens, and go back to that after every run."""
+
+    def __init__(self, parts: Parts, work: Workload, chunk: int) -> None:
+        self._spec, self._decoder, self._chunk = parts.model.spec, parts.decoder, chunk
+        self._depth = work.depth
+        self._cache = parts.new_cache(work.sequences)
+        self._names = [f"bench-{number}" for number in range(work.sequences)]
+        self._variant = self._spec.rope_variant(work.capacity)
+        shape = (work.sequences, work.depth + work.prefill)
+        self._prompts = np.random.default_rng(0).integers(0, self._spec.vocab_size, shape)
+        for name, prompt in zip(self._names, self._prompts, strict=True):
+            self._cache.open(name, prompt.tolist(), work.capacity)
+            self._compute(name, prompt, 0, work.depth)
+
+    def run(self, prefill: int, decode: int) -> tuple[float, float]:
+        """Seconds for `prefill` tokens of every sequence, and then for `decode` steps."""
+        begin = time.perf_counter()
+        hidden = [
+            self._compute(name, prompt, self._depth, self._depth + prefill)
+            for name, prompt in zip(self._names, self._prompts, strict=True)
+        ]
+        tokens = self._decoder.logits(np.concatenate(hidden)).argmax(-1)
+        middle = time.perf_counter()
+        for step in range(decode):
+            position = self._depth + prefill + step
+            tokens = self._decoder.logits(self._forward(self._names, tokens, position)).argmax(-1)
+        end = time.perf_counter()
+        for name in self._names:
+            self._cache.truncate(name, self._depth)
+        return middle - begin, end - middle
+
+    def _compute(self, name: str, prompt: _IDS, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Prefill positions ``[start, stop)`` in chunks; the hidden state of the last one, ``[1, C]``."""
+        hidden = np.empty((0, self._spec.hidden_size), dtype=np.float32)
+        for position in range(start, stop, self._chunk):
+            hidden = self._forward([name], prompt[position : min(position + self._chunk, stop)], position)
+        return hidden
+
+    def _forward(self, names: Sequence[str], tokens: _IDS, position: int) -> npt.NDArray[np.float32]:
+        """Compute as many tokens for each of `names`, from `position` on; hidden states of the last of each."""
+        each = len(tokens) // len(names)
+        for name in names:
+            self._cache.extend(name, each)
+        ends = np.arange(1, len(names) + 1) * each
+        batch = Batch(
+            tokens=np.ascontiguousarray(tokens, dtype=np.int64),
+            positions=np.tile(np.arange(position, position + each, dtype=np.int64), len(names)),
+            cu_q=np.concatenate([[0], ends]).astype(np.int32),
+            rows=ends.astype(np.int64) - 1,
+            kv=self._cache.view(names),
+            rope_variants=np.full(len(names), self._variant, dtype=np.uint8),
+        )
+        hidden = self._decoder.forward(batch)
+        for name in names:
+            self._cache.commit(name)
+        return hidden
