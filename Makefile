@@ -39,9 +39,10 @@ check: $(VENV)/.test-needs  ## style, types, import rules, size limits, document
 	$(BIN)/python scripts/check_sizes.py
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
 
-format: $(VENV)/.test-needs  ## apply the style
+format: $(VENV)/.test-needs  ## apply the style, and write the command line's reference anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/cli_reference.py
 
 dist: $(VENV)/.installed  ## a wheel of core and of each plugin into dist/
 	rm -rf dist
