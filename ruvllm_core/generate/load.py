@@ -80,6 +80,7 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     policy = registry.load("cache_policies", settings.cache.policy)
     quantizer = registry.load("quantizers", settings.quantization) if settings.quantization else None
     model = open_model(resolve(settings.model, settings), registry)
+    model.check_finite()
     tokenizer = model.tokenizer()
     if quantizer is not None:
         quantize_weights(model, quantizer)
