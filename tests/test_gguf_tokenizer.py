@@ -218,7 +218,12 @@ def test_leftmost_pair_joins_first_where_scores_are_equal() -> None:
     model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     proto = model_pb2.ModelProto()
     scores = {"▁": -9.0, "a": -9.0, "b": -9.0, "aa": -2.0, "aaa": -3.0, "ba": -1.0, "baa": -1.5}
-    for piece, score, kind in [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *((p, s, 1) for p, s in scores.items())]:
+    for piece, score, kind in [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        *((p, s, 1) for p, s in scores.items()),
+    ]:
         proto.pieces.add(piece=piece, score=score, type=kind)
     proto.trainer_spec.model_type = 2
     proto.normalizer_spec.name = "identity"

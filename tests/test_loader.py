@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ruvllm_candle_like.hooks
-import ruvllm_quantizers.hooks
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize as reference_dequantize
 from gguf.quants import quantize as reference_quantize
@@ -20,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import ruvllm_candle_like.hooks
+import ruvllm_quantizers.hooks
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, QuantizationError
 from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.quant import QuantTensor

@@ -6,10 +6,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ruvllm_quantizers.encode import quantize
 
 from ruvllm_core.errors import QuantizationError
 from ruvllm_core.model.quant import SCHEMES
+from ruvllm_quantizers.encode import quantize
 
 Floats = npt.NDArray[np.float32]
 DEFINED = ["f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]

@@ -6,10 +6,10 @@ from collections import Counter
 
 import gguf
 import pytest
-from ruvllm_quantizers import hooks
-from ruvllm_quantizers.recipes import RECIPES
 
 from ruvllm_core.model.quant import SCHEMES
+from ruvllm_quantizers import hooks
+from ruvllm_quantizers.recipes import RECIPES
 
 NAMES = sorted(vars(RECIPES))
 MATRICES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
