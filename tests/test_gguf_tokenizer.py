@@ -333,7 +333,7 @@ def test_broken_byte_level_metadata_is_named(change: dict[str, Any], says: str) 
 
 
 def test_broken_sentencepiece_metadata_is_named() -> None:
-    with pytest.raises(TokenizerError, match="tokenizer.ggml.scores is missing"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.ggml\.scores is missing"):
         Tokenizer.from_gguf(without(small_sentencepiece(), "scores"), "m.gguf")
     with pytest.raises(TokenizerError, match="scores has 1 entries for 264 tokens"):
         Tokenizer.from_gguf(small_sentencepiece(**{"tokenizer.ggml.scores": [0.0]}), "m.gguf")
