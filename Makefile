@@ -39,9 +39,10 @@ check: $(VENV)/.test-needs  ## style, types, import rules, size limits, document
 	$(BIN)/python scripts/check_sizes.py
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
 
-format: $(VENV)/.test-needs  ## apply the style
+format: $(VENV)/.test-needs  ## apply the style, and write the command line's reference anew
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/cli_reference.py
 
 dist: $(VENV)/.installed  ## a wheel of core and of each plugin into dist/
 	rm -rf dist
@@ -58,7 +59,7 @@ clean:  ## delete .venv, dist and caches; downloaded models stay
 $(BIN)/python:
 	@echo "== making a virtual environment in $(VENV) with $(PYTHON)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit("Python 3.10 or later is needed, this is %d.%d; say make PYTHON=..." % v)'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
 	@echo "== installing ruvllm-core and $(words $(PLUGINS)) plugins (torch is the large part)"

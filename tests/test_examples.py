@@ -48,9 +48,9 @@ def test_examples_are_short_and_explained(path: Path) -> None:
 EXPECTED: dict[str, tuple[str, ...]] = {
     "basic_inference": ("length after 48 tokens",),
     "streaming": ("\n[",),
-    "multi_turn_chat": ("you:   Which game do I like?", "chess"),
+    "multi_turn_chat": ("Paris", "French", "onjour"),
     "async_inference": ("Name three colours.\n  ", "Name three planets.\n  ", "Name three fruits.\n  "),
-    "config_file_run": ("What is the capital of France?\n  ", "Paris"),
+    "config_file_run": ("What is the capital of France?\n  ", "Paris", "Rome"),
 }
 
 

@@ -16,7 +16,7 @@ def apply_final(hidden: FloatArray, batch: Batch) -> FloatArray:
     """Hidden states ``[R, C]`` with each row's own ``final`` adapter added; the same array if nobody has one."""
     if not any(adapter is not None and FINAL_SITE in adapter.sites for adapter in batch.adapters):
         return hidden
-    changed = hidden.copy()
+    changed: FloatArray = hidden.copy()
     owners = np.searchsorted(batch.cu_q, batch.rows, side="right") - 1
     for row, owner in enumerate(owners):
         adapter = batch.adapters[owner]

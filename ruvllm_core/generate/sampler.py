@@ -90,7 +90,7 @@ class Sampler:
         params = self._params
         if self._seen is None and self._counts is None and not self._bias_ids.size:
             return logits
-        adjusted = logits.copy()
+        adjusted: FloatArray = logits.copy()
         if self._seen is not None:
             seen = adjusted[self._seen]
             penalty = np.float32(params.repetition_penalty)
