@@ -18,7 +18,7 @@ from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.decode.decoder import EagerDecoder
 from ruvllm_core.decode.reference import TorchKernels
-from ruvllm_core.model.gguf_writer import PendingTensor, write_gguf
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.loader import ModelFile, open_model
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.model.spec import ModelSpec

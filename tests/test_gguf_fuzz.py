@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ruvllm_core.errors import FormatError
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.gguf_parser import ValueType
-from ruvllm_core.model.gguf_writer import PendingTensor, write_gguf
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 
 IN_MEMORY = 30_000

@@ -16,7 +16,7 @@ import ruvllm_quantizers.hooks
 from ruvllm_core.cli.app import App
 from ruvllm_core.errors import FormatError, ModelNotFound, PluginError, QuantizationError
 from ruvllm_core.model.gguf import GGUFFile
-from ruvllm_core.model.gguf_writer import PendingTensor, write_gguf
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import Settings
