@@ -18,13 +18,13 @@ from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.decode.decoder import EagerDecoder
 from ruvllm_core.decode.reference import TorchKernels
-from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.loader import ModelFile, open_model
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import CacheContext, DecoderOptions
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import CacheConfig, Settings
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
 #: Both sides compute in float32 but add up in another order.
 TOLERANCE = 1e-4

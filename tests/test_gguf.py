@@ -17,8 +17,8 @@ import pytest
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.gguf_parser import FIXED_DTYPES, ValueType
-from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
 
 @pytest.fixture(scope="module")

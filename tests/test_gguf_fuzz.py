@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from ruvllm_core.errors import FormatError
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.gguf_parser import ValueType
-from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
 IN_MEMORY = 30_000
 ON_DISK = 2_000

@@ -16,13 +16,13 @@ import ruvllm_quantizers.hooks
 from ruvllm_core.cli.app import App
 from ruvllm_core.errors import FormatError, ModelNotFound, PluginError, QuantizationError
 from ruvllm_core.model.gguf import GGUFFile
-from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import Settings
 from ruvllm_quantizers.command import command
 from ruvllm_quantizers.convert import convert
 from ruvllm_quantizers.encode import quantize
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_quantizers.recipes import RECIPES
 from ruvllm_quantizers.source import gguf_source
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ruvllm_core.errors import QuantizationError
 from ruvllm_core.model.gguf_parser import ValueType
-from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 from ruvllm_core.model.quant import FLOAT_SCHEMES, QuantTensor
 from ruvllm_core.protocols import Quantizer
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
 from .source import Source, SourceTensor
 

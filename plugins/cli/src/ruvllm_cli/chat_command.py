@@ -7,9 +7,9 @@ import sys
 
 import click
 
+from ruvllm_cli.chat import MULTI_LINE, Chat
+from ruvllm_cli.options import model_options, sampling_options, sampling_params
 from ruvllm_core.cli.app import App, pass_app, setting
-from ruvllm_core.cli.chat import MULTI_LINE, Chat
-from ruvllm_core.cli.options import model_options, sampling_options, sampling_params
 from ruvllm_core.errors import RuvLLMError
 
 

@@ -18,7 +18,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from ruvllm_core.cli import list_command, pull_command, rm_command
+from ruvllm_cli import list_command, pull_command, rm_command
 from ruvllm_core.errors import ModelError, ModelNotFound, RuvLLMError
 from ruvllm_core.model import smollm2
 from ruvllm_core.model.hub import resolve

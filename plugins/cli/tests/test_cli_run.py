@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ruvllm_cli.options import _SAMPLING
 from ruvllm_core import GenerateParams
-from ruvllm_core.cli.options import _SAMPLING
 from ruvllm_core.generate.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("candle")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ruvllm_core.cli.batch import is_message
-from ruvllm_core.cli.options import read_text, sampling_params
+from ruvllm_cli.batch import is_message
+from ruvllm_cli.options import read_text, sampling_params
 from ruvllm_core.errors import PromptTooLong, RequestError, near
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ruvllm_cli.batch import Job, answers_file, generation_row, read_jobs, run_jobs, with_system
+from ruvllm_cli.options import model_options, read_text, sampling_options, sampling_params
 from ruvllm_core.cli.app import App, pass_app, setting
-from ruvllm_core.cli.batch import Job, answers_file, generation_row, read_jobs, run_jobs, with_system
-from ruvllm_core.cli.options import model_options, read_text, sampling_options, sampling_params
 from ruvllm_core.cli.output import print_json, progress
 from ruvllm_core.errors import ConfigError, RequestError
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm_core.cli.options import read_text, sampling_params
+from ruvllm_cli.options import read_text, sampling_params
 from ruvllm_core.errors import ConfigError, RequestError, RuvLLMError, near
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ruvllm_core.cli.chat import HELP
+from ruvllm_cli.chat import HELP
 from ruvllm_core.generate.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("candle")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from ruvllm_cli.options import read_text
 from ruvllm_core.cli.app import App, pass_app
-from ruvllm_core.cli.options import read_text
 from ruvllm_core.cli.output import print_json, print_table
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ruvllm_core.cli import batch
+from ruvllm_cli import batch
 from ruvllm_core.errors import GenerationError
 from ruvllm_core.generate.engine import Engine
 

@@ -17,7 +17,7 @@ def command(context: Any, model: str, as_json: bool) -> None:
 
     MODEL is a hub id (org/name[@revision][:file.gguf]) or smollm2.
     """
-    from ruvllm_core.cli.list_command import describe_size
+    from ruvllm_cli.list_command import describe_size
     from ruvllm_core.model.hub import resolve
 
     path = resolve(model, context.settings, refresh=True)

@@ -8,8 +8,8 @@ from contextlib import closing
 
 import click
 
+from ruvllm_cli.options import model_options
 from ruvllm_core.cli.app import App, pass_app
-from ruvllm_core.cli.options import model_options
 from ruvllm_core.cli.output import print_json, print_table
 
 
@@ -36,7 +36,7 @@ def end_to_end(
     Token ids are arbitrary and the likeliest token is taken, so that sampling and text take no time. Speeds are in
     tokens a second over all sequences; peak_rss_mb is in MiB and counts the mapped model file.
     """
-    from ruvllm_core.bench import Workload, measure, peak_rss_mb
+    from ruvllm_cli.bench import Workload, measure, peak_rss_mb
 
     work = Workload(prefill, decode, depth, sequences, repeats)
     app.set("model", model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ruvllm_core.bench import Workload, measure, peak_rss_mb
+from ruvllm_cli.bench import Workload, measure, peak_rss_mb
 from ruvllm_core.cli.main import cli
 from ruvllm_core.decode.decoder import EagerDecoder
 from ruvllm_core.errors import RequestError
@@ -200,7 +200,7 @@ def test_bench_mistakes(ruvllm, tiny: Path) -> None:
 def test_the_bench_group_can_be_extended() -> None:
     import click
 
-    from ruvllm_core.cli.bench_command import command
+    from ruvllm_cli.bench_command import command
 
     assert isinstance(command, click.Group)
     nested = cli.get_command(click.Context(cli), "bench")

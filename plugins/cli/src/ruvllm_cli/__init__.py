@@ -1,0 +1,1 @@
+"""The everyday commands of ``ruvllm``."""
