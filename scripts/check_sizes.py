@@ -28,14 +28,11 @@ def code_lines(path: Path) -> int:
         if token.type not in silent:
             found.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                found.difference_update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node
+        ):
+            docstring = node.body[0]
+            found.difference_update(range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1))
     return len(found)
 
 

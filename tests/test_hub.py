@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from ruvllm_cli.store import list_models, remove_model
 from ruvllm_core.errors import ModelError, ModelNotFound
 from ruvllm_core.model.hub import resolve, resolve_tokenizer_files
-from ruvllm_core.model.store import list_models, remove_model
 from ruvllm_core.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper module beside this file

@@ -149,7 +149,7 @@ def _cached_model(model: ModelRef, settings: Settings, may_download: bool) -> Pa
 
 def not_here(model: ModelRef, settings: Settings, why: str) -> ModelNotFound:
     """The error that says `why` a model cannot be had, and which ones can."""
-    from ruvllm_core.model.store import list_models
+    from ruvllm_cli.store import list_models
 
     here = [entry.name for entry in list_models(settings) if entry.format != "incomplete"]
     return ModelNotFound(

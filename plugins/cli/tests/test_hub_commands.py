@@ -19,10 +19,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ruvllm_cli import list_command, pull_command, rm_command
+from ruvllm_cli.store import list_models, remove_model
 from ruvllm_core.errors import ModelError, ModelNotFound, RuvLLMError
 from ruvllm_core.model import smollm2
 from ruvllm_core.model.hub import resolve
-from ruvllm_core.model.store import list_models, remove_model
 from ruvllm_core.settings import Settings
 
 GGUF = b"GGUF" + bytes(range(256)) * 1000

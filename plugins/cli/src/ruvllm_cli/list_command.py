@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ruvllm_core.model.store import ModelEntry
+    from ruvllm_cli.store import ModelEntry
 
 
 @click.command("list")
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def command(context: Any, as_json: bool) -> None:
     """Models that are here, by the name that other commands know them by."""
-    from ruvllm_core.model.store import list_models
+    from ruvllm_cli.store import list_models
 
     entries = list_models(context.settings)
     if as_json:

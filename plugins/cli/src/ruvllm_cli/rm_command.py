@@ -19,7 +19,7 @@ def command(context: Any, model: str, yes: bool, as_json: bool) -> None:
     Files and folders of yours are never deleted.
     """
     from ruvllm_cli.list_command import as_object, describe_size
-    from ruvllm_core.model.store import find_models, remove_model
+    from ruvllm_cli.store import find_models, remove_model
 
     if not yes:
         for entry in find_models(model, context.settings):
