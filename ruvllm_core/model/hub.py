@@ -147,11 +147,16 @@ def _cached_model(model: ModelRef, settings: Settings, may_download: bool) -> Pa
     return folder / gguf if gguf is not None else None
 
 
+def _usable(snapshot: Path) -> bool:
+    return is_whole(snapshot) or any(snapshot.rglob("*.gguf"))
+
+
 def not_here(model: ModelRef, settings: Settings, why: str) -> ModelNotFound:
     """The error that says `why` a model cannot be had, and which ones can."""
-    from ruvllm_cli.store import list_models
-
-    here = [entry.name for entry in list_models(settings) if entry.format != "incomplete"]
+    repos = (repo for repo in hub_dir(settings).glob("models--*--*") if any(map(_usable, repo.glob("snapshots/*"))))
+    here = sorted("/".join(repo.name.split("--", 2)[1:]) for repo in repos)
+    if smollm2.installed() or smollm2.cached(settings.cache_dir):
+        here.append("smollm2")
     return ModelNotFound(
         f"{model.text} is not here, and {why}",
         hint="models that are here: " + ", ".join(here) if here else "no models are here",
