@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import resource
 import time
@@ -124,6 +125,7 @@ nothing
 {{ 'x' * 3 }} {{ ('a' if 1 < 2 < 3 else 'b') }}
 {{ dict(a=1, b=2) | dictsort }} {{ '  two\\n lines' | indent(2) }} {{ 'abc'[1:] }}
 {{ range(3) | list }} {{ 2.567 | round(1) }}
+{{ (' <b> ' | safe).strip() }} {{ '<' | e }} {{ ('a' | safe) ~ '<' }} {{ ('a%s' | safe) % '<' }}
 {% set block %}inner {{ bos_token }}{% endset %}{{ block | upper }} {% filter upper %}shout{% endfilter %}
 {% macro box(edge) %}{{ edge }}{{ caller('in') }}{{ edge }}{% endmacro %}
 {%- call(word) box('|') %}{{ word }}side{% endcall %}
@@ -222,6 +224,13 @@ def test_broken_templates_are_named_with_their_line() -> None:
 def test_messages_are_json() -> None:
     with pytest.raises(RequestError, match=r"chat\.messages\[0\]\.content is a set"):
         ChatTemplate(PHI3).render([{"role": "user", "content": {1}}])
+
+
+def test_enumerations_are_their_values() -> None:
+    class Role(str, enum.Enum):
+        USER = "user"
+
+    assert ChatTemplate("{{ messages[0].role }}").render([{"role": Role.USER, "content": ""}]) == "user"
 
 
 def test_a_template_is_used_many_times() -> None:

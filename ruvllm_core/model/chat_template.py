@@ -115,7 +115,7 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, (str, int)):
-        return str(value) if isinstance(value, str) else int(value)
+        return str.__str__(value) if isinstance(value, str) else int(value)  # an enumeration's member is its value
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):

@@ -39,7 +39,8 @@ class SentencePieceCodec:
 
     Spaces become ``▁``; characters outside the vocabulary become byte pieces, or the unknown piece where there are
     none. With `add_space_prefix`, every run of text gets one ``▁`` in front: at the start and after each special
-    token, as in llama.cpp and in `transformers` with ``legacy=True``.
+    token, as in llama.cpp and in `transformers` with ``legacy=True``. In decoded text each byte that is not part of a
+    UTF-8 character is one U+FFFD, as in SentencePiece (`tokenizers` also gives up the valid bytes next to it).
 
     Args:
         name: what error messages call it.

@@ -108,7 +108,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         price = 0
-        if isinstance(method, types.BuiltinMethodType) and isinstance(owner, _DATA):
+        if isinstance(method, (types.BuiltinMethodType, types.MethodType)) and isinstance(owner, _DATA):
             if method.__name__ not in METHOD_PRICES:
                 raise SecurityError(f"the method {method.__name__} cannot be used in a chat template")
             if method.__name__ == "join":
