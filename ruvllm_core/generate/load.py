@@ -109,7 +109,7 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
         learning=tuple(loops),
         load_s=time.perf_counter() - started,
     )
-    _log.info("loaded", **{name: str(value) for name, value in vars(info).items()})
+    _log.info("loaded", model=info.model, scheme=info.scheme, context=max_context, seconds=round(info.load_s, 2))
     return Parts(info, model, tokenizer, decoder, new_cache, backend, tuple(loops.values()))
 
 
@@ -145,7 +145,7 @@ def _choose_decoder(
             _log.warning("kernels passed over", name=name, reason=str(error))
             reasons.append(f"{name}: {error}")
             continue
-        _log.info("kernels chosen", name=name, device=provider.device, passed_over=reasons)
+        _log.info("kernels chosen", name=name, device=provider.device)
         return decoder, name, provider.device
     raise PluginError("no kernels can run this model: " + "; ".join(reasons or ["none is installed"]))
 
