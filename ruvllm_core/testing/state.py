@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,10 @@ class LearningLoopSuite:
         for n, (name, text) in enumerate(tiny.TEXTS.items()):
             request = tiny.tiny_request(text[:9], id=name, seed=n)
             adapter, hidden = loop.adapter(request), rng.normal(size=(len(text) - 9, 64)).astype(np.float32)
-            kept = {"hidden": hidden if loop.wants_hidden else None, "adapter_version": adapter and adapter.version}
+            kept: dict[str, Any] = {
+                "hidden": hidden if loop.wants_hidden else None,
+                "adapter_version": adapter and adapter.version,
+            }
             seen = Trajectory(name, tuple(text[:9]), tuple(text[9:]), "text", "length", request.params, **kept)
             loop.observe(seen)
             loop.feedback(name, n / 2)  # from 0 to 1
@@ -118,7 +122,8 @@ class LearningLoopSuite:
         np.testing.assert_equal(restored.state_dict(), loop.state_dict())
         mine, theirs, places = loop.adapter(request), restored.adapter(request), tiny.tiny_adapter(decoder.spec).sites
         assert (mine and mine.version) == (theirs and theirs.version)
-        for site, delta in mine.sites.items() if mine else ():
-            assert (delta.b @ delta.a).shape == (places[site].b @ places[site].a).shape, site
-            np.testing.assert_array_equal(delta.b @ delta.a, theirs.sites[site].b @ theirs.sites[site].a, site)
+        if mine is not None and theirs is not None:
+            for site, delta in mine.sites.items():
+                assert (delta.b @ delta.a).shape == (places[site].b @ places[site].a).shape, site
+                np.testing.assert_array_equal(delta.b @ delta.a, theirs.sites[site].b @ theirs.sites[site].a, site)
         np.testing.assert_array_equal(tiny.whole(decoder, tiny.TEXTS["c"]), untouched)

@@ -9,7 +9,6 @@ from ruvllm_candle_like.llama import LLAMA
 from ruvllm_candle_like.phi3 import PHI3
 from ruvllm_candle_like.qwen2 import QWEN2
 from ruvllm_candle_like.settings import CandleSettings
-
 from ruvllm_core.protocols import Backend, BackendContext
 from ruvllm_core.testing import ArchitectureSuite, BackendSuite
 
@@ -59,7 +58,10 @@ class TestLlama(ArchitectureSuite):
         {**config, "attention_bias": True, "mlp_bias": True, "head_dim": 10},
         {**config, "tie_word_embeddings": True, "rope_scaling": {**llama3, "original_max_position_embeddings": 16}},
     )
-    gguf_metadata = (gguf("llama"), {**gguf("llama"), "llama.attention.key_length": 10, "llama.attention.value_length": 10})
+    gguf_metadata = (
+        gguf("llama"),
+        {**gguf("llama"), "llama.attention.key_length": 10, "llama.attention.value_length": 10},
+    )
 
 
 class TestQwen2(ArchitectureSuite):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ruvllm_mistral.mistral import MISTRAL
-
 from ruvllm_core.testing import ArchitectureSuite
+from ruvllm_mistral.mistral import MISTRAL
 
 
 class TestMistral(ArchitectureSuite):
