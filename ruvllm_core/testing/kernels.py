@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from ruvllm_core.decode.contiguous import ContiguousCache
@@ -17,7 +16,7 @@ from ruvllm_core.protocols import CacheContext, DecoderOptions, KernelProvider
 from ruvllm_core.testing import tiny
 
 _WIDE = tiny.tiny_spec(hidden_size=256, intermediate_size=512, head_dim=64)
-MODELS = {name: (spec, ("f32",)) for name, spec in tiny.FLAVOURS.items()}
+MODELS: dict[str, Any] = {name: (spec, ("f32",)) for name, spec in tiny.FLAVOURS.items()}
 MODELS |= {scheme: (_WIDE, (scheme,)) for scheme in SCHEMES} | {"mixed": (_WIDE, ("q4_k", "q6_k", "f16", "q8_0"))}
 
 
@@ -33,7 +32,7 @@ class ScatteredCache(ContiguousCache):
             storage = context.decoder.allocate_kv(order.size, size, context.decoder.kv_schemes[0])
             self.stores.append((storage, order))
 
-    def slots(self, segment: int, block: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def slots(self, segment: int, block: int, start: int, stop: int) -> Any:
         (storage, order), at = self.stores[segment], np.arange(start, stop)
         return order[block, at // storage.block_size] * np.int64(storage.block_size) + at % storage.block_size
 
@@ -66,13 +65,13 @@ def checked(provider: KernelProvider, tolerance: float) -> Any:
     reference = reference_ops(torch.device(provider.device), torch.float32)
 
     def run(name: str, *args: Any) -> Any:  # what `prepare` returns is a pair, one weight for each side
-        both = [
-            op(*(arg[n] if isinstance(arg, tuple) else arg for arg in args))
-            for n, op in enumerate((provider.ops()[name], getattr(reference, name)))
-        ]
-        for pair in [] if name == "prepare" else zip(*both, strict=True) if isinstance(both[0], tuple) else [both]:
-            tiny.assert_close(*pair, tolerance, f"operation {name}")
-        return tuple(both) if name == "prepare" else both[0]
+        sides = enumerate((provider.ops()[name], getattr(reference, name)))
+        both = [op(*(arg[n] if isinstance(arg, tuple) else arg for arg in args)) for n, op in sides]
+        if name == "prepare":
+            return tuple(both)
+        for mine, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in both), strict=True):
+            tiny.assert_close(mine, theirs, tolerance, f"operation {name}")
+        return both[0]
 
     table = {name: op if name == "kv_append" else partial(run, name) for name, op in provider.ops().items()}
     return SimpleNamespace(ops=lambda: table)

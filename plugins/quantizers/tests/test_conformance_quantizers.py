@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from ruvllm_quantizers.recipes import RECIPES
 
 from ruvllm_core.model.quant import FLOAT_SCHEMES
 from ruvllm_core.testing import QuantizerSuite
+from ruvllm_quantizers.recipes import RECIPES
 
 
 class TestRecipes(QuantizerSuite):
