@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,3 +30,15 @@ class TestTorchKernels(KernelSuite):
 class TestContiguousCache(CachePolicySuite):
     def make_cache(self, context: CacheContext) -> KVCachePolicy:
         return ContiguousCache(context)
+
+
+def test_without_pytest_it_says_what_is_missing() -> None:
+    program = "import sys; sys.modules['pytest'] = None; import ruvllm_core.testing"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.endswith("ImportError: ruvllm_core.testing needs pytest: pip install pytest\n")
+
+
+def test_importing_the_suites_imports_no_torch() -> None:
+    program = "import sys, ruvllm_core.testing; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -16,20 +16,11 @@ try:
 except ImportError as error:
     raise ImportError("ruvllm_core.testing needs pytest: pip install pytest") from error
 
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{module}" for module in ("tiny", "kernels", "backends", "models", "state"))
-)
+pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in ("tiny", "kernels", "backends", "models", "state")))
 
-from ruvllm_core.testing.backends import BackendSuite  # noqa: E402
-from ruvllm_core.testing.kernels import KernelSuite  # noqa: E402
-from ruvllm_core.testing.models import ArchitectureSuite, QuantizerSuite  # noqa: E402
-from ruvllm_core.testing.state import CachePolicySuite, LearningLoopSuite  # noqa: E402
-
-__all__ = [
-    "ArchitectureSuite",
-    "BackendSuite",
-    "CachePolicySuite",
-    "KernelSuite",
-    "LearningLoopSuite",
-    "QuantizerSuite",
-]
+from ruvllm_core.testing.backends import BackendSuite as BackendSuite  # noqa: E402
+from ruvllm_core.testing.kernels import KernelSuite as KernelSuite  # noqa: E402
+from ruvllm_core.testing.models import ArchitectureSuite as ArchitectureSuite  # noqa: E402
+from ruvllm_core.testing.models import QuantizerSuite as QuantizerSuite  # noqa: E402
+from ruvllm_core.testing.state import CachePolicySuite as CachePolicySuite  # noqa: E402
+from ruvllm_core.testing.state import LearningLoopSuite as LearningLoopSuite  # noqa: E402

@@ -7,18 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.decode.kv import KVView, Segment
 from ruvllm_core.model.quant import SCHEMES
-from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import CacheContext, DecoderOptions, KernelProvider
 from ruvllm_core.testing import tiny
 
 _WIDE = tiny.tiny_spec(hidden_size=256, intermediate_size=512, head_dim=64)
-MODELS: dict[str, tuple[ModelSpec, tuple[str, ...]]] = {name: (spec, ("f32",)) for name, spec in tiny.FLAVOURS.items()}
+MODELS: dict[str, Any] = {name: (spec, ("f32",)) for name, spec in tiny.FLAVOURS.items()}
 MODELS |= {scheme: (_WIDE, (scheme,)) for scheme in SCHEMES} | {"mixed": (_WIDE, ("q4_k", "q6_k", "f16", "q8_0"))}
 
 
@@ -34,10 +32,9 @@ class ScatteredCache(ContiguousCache):
             storage = context.decoder.allocate_kv(order.size, size, context.decoder.kv_schemes[0])
             self.stores.append((storage, order))
 
-    def slots(self, segment: int, block: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def slots(self, segment: int, block: int, start: int, stop: int) -> Any:
         (storage, order), at = self.stores[segment], np.arange(start, stop)
-        blocks: npt.NDArray[np.int64] = order[block, at // storage.block_size].astype(np.int64)
-        return blocks * storage.block_size + at % storage.block_size
+        return order[block, at // storage.block_size] * np.int64(storage.block_size) + at % storage.block_size
 
     def view(self, sequences: Sequence[str]) -> KVView:
         held, old = [self._held[name] for name in sequences], np.array([self.old[name] for name in sequences], np.int32)
@@ -68,14 +65,13 @@ def checked(provider: KernelProvider, tolerance: float) -> Any:
     reference = reference_ops(torch.device(provider.device), torch.float32)
 
     def run(name: str, *args: Any) -> Any:  # what `prepare` returns is a pair, one weight for each side
-        both = [
-            op(*(arg[n] if isinstance(arg, tuple) else arg for arg in args))
-            for n, op in enumerate((provider.ops()[name], getattr(reference, name)))
-        ]
-        pairs = [] if name == "prepare" else zip(*both, strict=True) if isinstance(both[0], tuple) else [both]
-        for ours, theirs in pairs:
-            tiny.assert_close(ours, theirs, tolerance, f"operation {name}")
-        return tuple(both) if name == "prepare" else both[0]
+        sides = enumerate((provider.ops()[name], getattr(reference, name)))
+        both = [op(*(arg[n] if isinstance(arg, tuple) else arg for arg in args)) for n, op in sides]
+        if name == "prepare":
+            return tuple(both)
+        for mine, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in both), strict=True):
+            tiny.assert_close(mine, theirs, tolerance, f"operation {name}")
+        return both[0]
 
     table = {name: op if name == "kv_append" else partial(run, name) for name, op in provider.ops().items()}
     return SimpleNamespace(ops=lambda: table)

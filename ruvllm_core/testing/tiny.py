@@ -10,16 +10,11 @@ import numpy as np
 from ruvllm_core import protocols as p
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.decode.lora import apply_final
+from ruvllm_core.generate import load, request, sequence
 from ruvllm_core.generate.engine import Engine
-from ruvllm_core.generate.load import EngineInfo, Parts
-from ruvllm_core.generate.request import GenerateParams, Request, new_request_id
-from ruvllm_core.generate.sequence import Sequence as Running
-from ruvllm_core.generate.sequence import make_batch
-from ruvllm_core.model.codec import BYTE_OF_CHAR, FastCodec
-from ruvllm_core.model.loader import ModelFile
+from ruvllm_core.model import codec, loader, tokenizer
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 from ruvllm_core.model.spec import ModelSpec, RopeScaling, llama_tensor_names
-from ruvllm_core.model.tokenizer import SpecialTokens, Tokenizer
 from ruvllm_core.settings import CacheConfig, Settings
 
 Tokens = Sequence[int]
@@ -27,9 +22,9 @@ CONTEXT = 48
 #: Token ids of three sequences, and the capacity each is opened with.
 TEXTS = {name: np.random.default_rng(n).integers(0, 256, 18 + 6 * n).tolist() for n, name in enumerate("abc")}
 CAPACITIES = {"a": 18, "b": 30, "c": CONTEXT}
-#: Where a block of each scheme has its half-precision numbers (block layouts of the GGML library).
-_HALVES = {"f16": [0], "q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q8_0": [0]}
-_HALVES |= {"q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}
+#: Where a block of each scheme has its 16-bit floats (block layouts of the GGML library).
+_FLOATS = {"f16": [0], "bf16": [0], "q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q8_0": [0]}
+_FLOATS |= {"q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}
 
 
 def tiny_spec(**changes: Any) -> ModelSpec:
@@ -60,20 +55,18 @@ def tiny_weights(spec: ModelSpec, schemes: Iterable[str] = ("f32",)) -> dict[str
     rng, turns, weights = np.random.default_rng(0), itertools.cycle(schemes), {}
     for name, source in llama_tensor_names(spec).items():
         shape, size = source.shape, 2.0 * source.shape[-1] ** -0.5
+        values = rng.normal(0.0, size, shape) if len(shape) == 2 else rng.normal(1.0, 0.2, shape)
+        weights[name] = QuantTensor.from_float(values.astype(np.float32))
         if len(shape) == 1 or (scheme := SCHEMES[next(turns)]).name == "f32":
-            values = rng.normal(0.0, size, shape) if len(shape) == 2 else rng.normal(1.0, 0.2, shape)
-            weights[name] = QuantTensor.from_float(values.astype(np.float32))
             continue
         data = rng.integers(0, 256, (shape[0], scheme.row_bytes(shape[1])), dtype=np.uint8)
-        weights[name] = QuantTensor(scheme.name, shape, data)
-        blocks = data.reshape(-1, scheme.block_bytes)
-        numbers = rng.uniform(-1.0, 1.0, (len(blocks), 1))
+        weights[name], blocks = QuantTensor(scheme.name, shape, data), data.reshape(-1, scheme.block_bytes)
+        floats = rng.uniform(-1.0, 1.0, (len(blocks), 1)).astype(np.float32)
         for _ in range(2):  # the first time to see how large the values get
-            for offset in _HALVES.get(scheme.name, ()):
-                blocks[:, offset : offset + 2] = numbers.astype(np.float16).view(np.uint8)
-            if scheme.name == "bf16":
-                blocks[:] = numbers.astype(np.float32).view(np.uint8)[:, 2:]
-            numbers = numbers * (size / weights[name].dequantize().std())
+            short = floats.view(np.uint16)[:, 1:] if scheme.name == "bf16" else floats.astype(np.float16)
+            for offset in _FLOATS[scheme.name]:
+                blocks[:, offset : offset + 2] = np.ascontiguousarray(short).view(np.uint8)
+            floats *= size / weights[name].dequantize().std()
     return weights
 
 
@@ -88,44 +81,37 @@ def tiny_adapter(spec: ModelSpec) -> p.Adapter:
 
 def tiny_decoder(spec: ModelSpec, weights: p.Weights | None = None) -> p.Decoder:
     """The eager decoder over the reference operations, in float32 on the CPU."""
-    from ruvllm_core.decode.decoder import EagerDecoder
-    from ruvllm_core.decode.reference import TorchKernels
+    from ruvllm_core.decode import decoder, reference
 
     options = p.DecoderOptions(dtype="float32", device="cpu", max_context=spec.max_context)
-    return EagerDecoder(spec, weights or tiny_weights(spec), TorchKernels(options), options)
+    return decoder.EagerDecoder(spec, weights or tiny_weights(spec), reference.TorchKernels(options), options)
 
 
 def cache_context(decoder: p.Decoder, max_sequences: int = 4) -> p.CacheContext:
     return p.CacheContext(decoder.spec, decoder, CacheConfig(), decoder.spec.max_context, max_sequences)
 
 
-def tiny_request(prompt: Tokens, capacity: int = CONTEXT, **fields: Any) -> Request:
+def tiny_request(prompt: Tokens, capacity: int = CONTEXT, **fields: Any) -> request.Request:
     """A greedy request; `fields` are those of `Request` and of `GenerateParams`."""
-    own = {name: fields.pop(name) for name in list(fields) if name in Request.__dataclass_fields__}
-    params = GenerateParams(**{"temperature": 0.0, "max_tokens": 8, **fields})
-    values = {"id": new_request_id(), "stop_ids": frozenset(), **own}
-    return Request(prompt_ids=tuple(prompt), params=params, capacity=capacity, **values)
+    own = {name: fields.pop(name) for name in list(fields) if name in request.Request.__dataclass_fields__}
+    params = request.GenerateParams(**{"temperature": 0.0, "max_tokens": 8, **fields})
+    own = {"id": request.new_request_id(), "stop_ids": frozenset(), **own}
+    return request.Request(prompt_ids=tuple(prompt), params=params, capacity=capacity, **own)
 
 
-def tiny_engine(
-    make_backend: Callable[[p.BackendContext], p.Backend], decoder: p.Decoder, *loops: p.LearningLoop
-) -> Engine:
+def tiny_engine(make_backend: Callable[[p.BackendContext], p.Backend], decoder: p.Decoder) -> Engine:
     """An engine over a decoder of a tiny model; its tokens are bytes, and 256 ends a text."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    def new_cache(max_sequences: int) -> p.KVCachePolicy:
-        return ContiguousCache(cache_context(decoder, max_sequences))
-
-    fast = Fast(models.BPE(vocab=BYTE_OF_CHAR, merges=[]))
+    fast = Tokenizer(models.BPE(vocab=codec.BYTE_OF_CHAR, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<end>"])
-    tokenizer = Tokenizer(FastCodec(fast, "tiny"), SpecialTokens(eos=256), name="tiny")
-    backend = make_backend(p.BackendContext(decoder.spec, decoder, new_cache, prefill_chunk=8))
-    info = EngineInfo("tiny", Path(), "tiny", "f32", "tested", "torch", "cpu", "contiguous", CONTEXT, (), 0.0)
-    model = ModelFile(Path(), decoder.spec, {}, {}, 0)
-    return Engine(Parts(info, model, tokenizer, decoder, new_cache, backend, loops), Settings())
+    text = tokenizer.Tokenizer(codec.FastCodec(fast, "tiny"), tokenizer.SpecialTokens(eos=256), name="tiny")
+    context = p.BackendContext(decoder.spec, decoder, lambda n: ContiguousCache(cache_context(decoder, n)), 8)
+    info = load.EngineInfo("tiny", Path(), "tiny", "f32", "tiny", "torch", "cpu", "contiguous", CONTEXT, (), 0.0)
+    model = loader.ModelFile(Path(), decoder.spec, {}, {}, 0)
+    return Engine(load.Parts(info, model, text, decoder, context.cache, make_backend(context), ()), Settings())
 
 
 class Feeder:
@@ -133,17 +119,18 @@ class Feeder:
 
     def __init__(self, decoder: p.Decoder, cache: p.KVCachePolicy | None = None) -> None:
         self.decoder, self.cache = decoder, cache or ContiguousCache(cache_context(decoder))
-        self.running: dict[str, Running] = {}
+        self.running: dict[str, sequence.Sequence] = {}
 
     def open(self, name: str, tokens: Tokens, capacity: int = CONTEXT, **fields: Any) -> None:
-        request = tiny_request(tokens, capacity, id=name, **{"cache_key": new_request_id(), **fields})
-        self.running[name] = Running(request, self.cache, self.decoder.spec)
+        """Start a sequence, with a cache key of its own unless `fields` say otherwise."""
+        asked = tiny_request(tokens, capacity, id=name, **{"cache_key": request.new_request_id(), **fields})
+        self.running[name] = sequence.Sequence(asked, self.cache, self.decoder.spec)
 
     def feed(self, **counts: int) -> dict[str, p.FloatArray]:
         """Logits ``[count, V]`` after each of the next `count` tokens of each sequence, all in one batch."""
         for name, count in counts.items():
             self.cache.extend(name, count)
-        batch = make_batch(self.cache, [(self.running[name], count) for name, count in counts.items()])
+        batch = sequence.make_batch(self.cache, [(self.running[name], count) for name, count in counts.items()])
         batch.rows = np.arange(len(batch.tokens))
         logits = self.decoder.logits(apply_final(self.decoder.forward(batch), batch))
         for name, count in counts.items():
@@ -160,10 +147,8 @@ class Feeder:
         return {name: np.concatenate([logits[name] for logits in found if name in logits]) for name in TEXTS}
 
 
-def whole(
-    decoder: p.Decoder, tokens: Tokens, capacity: int = CONTEXT, adapter: p.Adapter | None = None
-) -> p.FloatArray:
-    """Logits after each of `tokens`, computed at once and alone."""
+def whole(decoder: p.Decoder, tokens: Tokens, capacity: int = CONTEXT, adapter: p.Adapter | None = None) -> Any:
+    """Logits after each of `tokens`, float32 ``[n, V]``, computed at once and alone."""
     feeder = Feeder(decoder)
     feeder.open("alone", tokens, capacity, adapter=adapter)
     return feeder.feed(alone=len(tokens))["alone"]

@@ -22,6 +22,16 @@ HF = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+LLAMA_CONFIG = {"architectures": ["LlamaForCausalLM"], **HF}
+QWEN2_CONFIG = {"architectures": ["Qwen2ForCausalLM"], **HF}
+PHI3_CONFIG = {"architectures": ["Phi3ForCausalLM"], **HF, "num_key_value_heads": 6}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.5, 3.5, 4.5]}
 
 
@@ -51,12 +61,10 @@ class TestCandleBackendWithManySequences(BackendSuite):
 
 class TestLlama(ArchitectureSuite):
     architecture = LLAMA
-    config = {"architectures": ["LlamaForCausalLM"], **HF}
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     hf_configs = (
-        config,
-        {**config, "attention_bias": True, "mlp_bias": True, "head_dim": 10},
-        {**config, "tie_word_embeddings": True, "rope_scaling": {**llama3, "original_max_position_embeddings": 16}},
+        LLAMA_CONFIG,
+        {**LLAMA_CONFIG, "attention_bias": True, "mlp_bias": True, "head_dim": 10},
+        {**LLAMA_CONFIG, "tie_word_embeddings": True, "rope_scaling": LLAMA3},
     )
     gguf_metadata = (
         gguf("llama"),
@@ -66,19 +74,17 @@ class TestLlama(ArchitectureSuite):
 
 class TestQwen2(ArchitectureSuite):
     architecture = QWEN2
-    config = {"architectures": ["Qwen2ForCausalLM"], **HF}
     hf_configs = (
-        {**config, "tie_word_embeddings": True},
-        {**config, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {**QWEN2_CONFIG, "tie_word_embeddings": True},
+        {**QWEN2_CONFIG, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     )
     gguf_metadata = (gguf("qwen2"),)
 
 
 class TestPhi3(ArchitectureSuite):
     architecture = PHI3
-    config = {"architectures": ["Phi3ForCausalLM"], **HF, "num_key_value_heads": 6}
     hf_configs = (
-        {**config, "sliding_window": 5},
-        {**config, "rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 5},
+        {**PHI3_CONFIG, "sliding_window": 5},
+        {**PHI3_CONFIG, "rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 5},
     )
     gguf_metadata = ({**gguf("phi3"), "phi3.attention.head_count_kv": 6, "phi3.attention.sliding_window": 5},)

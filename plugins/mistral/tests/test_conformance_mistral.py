@@ -5,21 +5,22 @@ from __future__ import annotations
 from ruvllm_core.testing import ArchitectureSuite
 from ruvllm_mistral.mistral import MISTRAL
 
+CONFIG = {
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
 
 class TestMistral(ArchitectureSuite):
     architecture = MISTRAL
-    config = {
-        "architectures": ["MistralForCausalLM"],
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 72,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-    }
-    hf_configs = ({**config, "sliding_window": None, "head_dim": 24}, {**config, "sliding_window": 4})
+    hf_configs = ({**CONFIG, "sliding_window": None, "head_dim": 24}, {**CONFIG, "sliding_window": 4})
     gguf_metadata = (
         {
             "general.architecture": "mistral3",
