@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ruvllm_core.decode.kv import bytes_per_token
-from ruvllm_core.decode.memory import available_memory
 from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError
 from ruvllm_core.log import get_logger
+from ruvllm_core.machine import available_memory
 from ruvllm_core.model.hub import resolve
 from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.spec import ModelSpec
