@@ -242,9 +242,16 @@ NAMES = """def tensor_names(self, spec):
             return names"""
 BROKEN_FAMILIES = {
     "default for a missing field": (
-        "def spec_from_hf(self, config): return super().spec_from_hf({'rms_norm_eps': 1e-5, **config, **({} if"
-        " config['rms_norm_eps'] else {'rms_norm_eps': 1e-5})})",
+        "def spec_from_hf(self, config): return super().spec_from_hf({'rms_norm_eps': 1e-5, **config})",
         "test_wrong_fields_are_named",
+    ),
+    "KeyError for a missing field": (
+        "def spec_from_hf(self, config): config['hidden_size']; return super().spec_from_hf(config)",
+        "test_wrong_fields_are_named",
+    ),
+    "another epsilon": (
+        "def spec_from_hf(self, config): return replace(super().spec_from_hf(config), norm_eps=1e-6)",
+        "test_models",
     ),
     "overlapping rows": (
         NAMES.format("names['layers.0.mlp.up'] = replace(names['layers.0.mlp.up'], hf_rows=(0, 48))"),
