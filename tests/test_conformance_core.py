@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.decode.reference import TorchKernels, reference_ops
 from ruvllm_core.protocols import CacheContext, DecoderOptions, KernelProvider, KVCachePolicy
 from ruvllm_core.testing import CachePolicySuite, KernelSuite
+from ruvllm_core.testing.tiny import CONTEXT
 
 
 class AllOperations(TorchKernels):
@@ -25,6 +27,11 @@ class AllOperations(TorchKernels):
 class TestTorchKernels(KernelSuite):
     def make_provider(self, options: DecoderOptions) -> KernelProvider:
         return AllOperations(options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestTorchKernelsOnCuda(TestTorchKernels):
+    options = DecoderOptions(dtype="float32", device="cuda", max_context=CONTEXT)
 
 
 class TestContiguousCache(CachePolicySuite):

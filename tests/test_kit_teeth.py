@@ -63,6 +63,47 @@ BROKEN_KERNELS = {
     ),
     "epsilon forgotten": ("rms_norm", "(x, weight, eps): return CPU.rms_norm(x, weight, 0.1)", "test_model[plain]"),
 }
+PROVIDER = """
+    from dataclasses import replace
+    import numpy as np
+    import torch
+    from ruvllm_core.decode.decoder import EagerDecoder
+    from ruvllm_core.decode.reference import TorchKernels, reference_ops
+    from ruvllm_core.testing import KernelSuite
+
+    CPU = reference_ops(torch.device("cpu"), torch.float32)
+
+    class Decoder(EagerDecoder):
+        def forward(self, batch):
+            return super().forward(replace(batch, {changed}))
+
+    class Kernels(TorchKernels):
+        def ops(self):
+            return {ops}
+
+        def decoder(self, spec, weights, options):
+            return Decoder(spec, weights, TorchKernels(options), options)
+
+    class TestBroken(KernelSuite):
+        def make_provider(self, options):
+            return Kernels(options)
+"""
+STACKED = "{'prepare': lambda tensors: CPU.prepare(tensors[::-1]), 'linear': CPU.linear, 'embed': CPU.embed}"
+BROKEN_PROVIDERS = {
+    "adapters ignored": ("adapters=()", "{}", "test_model[plain]"),
+    "adapters of the first for all": (
+        "adapters=tuple(next((a for a in batch.adapters if a), None) for _ in batch.adapters)",
+        "{}",
+        "test_model[plain]",
+    ),
+    "one table of frequencies": ("rope_variants=np.ones_like(batch.rope_variants)", "{}", "test_model[longrope]"),
+    "positions from zero": (
+        "positions=np.concatenate([np.arange(n) for n in np.diff(batch.cu_q)])",
+        "{}",
+        "test_model[plain]",
+    ),
+    "stacked in another order": ("adapters=batch.adapters", STACKED, "test_model[mixed]"),
+}
 CACHE = """
     from ruvllm_core.decode.contiguous import ContiguousCache
     from ruvllm_core.testing import CachePolicySuite
@@ -201,9 +242,16 @@ NAMES = """def tensor_names(self, spec):
             return names"""
 BROKEN_FAMILIES = {
     "default for a missing field": (
-        "def spec_from_hf(self, config): return super().spec_from_hf({'rms_norm_eps': 1e-5, **config, **({} if"
-        " config['rms_norm_eps'] else {'rms_norm_eps': 1e-5})})",
+        "def spec_from_hf(self, config): return super().spec_from_hf({'rms_norm_eps': 1e-5, **config})",
         "test_wrong_fields_are_named",
+    ),
+    "KeyError for a missing field": (
+        "def spec_from_hf(self, config): config['hidden_size']; return super().spec_from_hf(config)",
+        "test_wrong_fields_are_named",
+    ),
+    "another epsilon": (
+        "def spec_from_hf(self, config): return replace(super().spec_from_hf(config), norm_eps=1e-6)",
+        "test_models",
     ),
     "overlapping rows": (
         NAMES.format("names['layers.0.mlp.up'] = replace(names['layers.0.mlp.up'], hf_rows=(0, 48))"),
@@ -260,6 +308,7 @@ BROKEN_LOOPS = {
 }
 CASES = [
     *((name, KERNELS.format(name=op, body=body), test) for name, (op, body, test) in BROKEN_KERNELS.items()),
+    *((name, PROVIDER.format(changed=body, ops=o), test) for name, (body, o, test) in BROKEN_PROVIDERS.items()),
     *((name, CACHE.format(body=body), test) for name, (body, test) in BROKEN_CACHES.items()),
     *((name, BACKEND.format(body=body), test) for name, (body, test) in BROKEN_BACKENDS.items()),
     *((name, QUANTIZER.format(body=body), test) for name, (body, test) in BROKEN_QUANTIZERS.items()),

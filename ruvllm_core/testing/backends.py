@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 from ruvllm_core.decode.contiguous import ContiguousCache
-from ruvllm_core.errors import CacheFull
+from ruvllm_core.errors import CacheFull, PromptTooLong
 from ruvllm_core.generate.request import GenerateParams, Request, TokenEvent
 from ruvllm_core.generate.sampler import Sampler
 from ruvllm_core.protocols import Backend, BackendContext, Decoder
@@ -60,7 +60,7 @@ class BackendSuite:
         poor, long = (tiny.tiny_request(b.prompt_ids, n, id=name) for name, n in (("poor", 48), ("long", 49)))
         events = self.serve(backend, [a, poor, b, long, c])
         for name in ("poor", "long"):
-            assert isinstance(events[name][-1].error, CacheFull)
+            assert isinstance(events[name][-1].error, (CacheFull, PromptTooLong))
             assert events[name][-1].finish_reason == "error"
 
     def test_close(self, backend: Backend) -> None:
@@ -116,7 +116,7 @@ class BackendSuite:
         for request in requests:
             try:
                 backend.submit(request)
-            except CacheFull as error:
+            except (CacheFull, PromptTooLong) as error:
                 events[request.id].append(TokenEvent(request.id, None, "error", error=error))
         for _ in range(5000):
             for event in backend.step() if backend.busy else []:

@@ -17,18 +17,21 @@ from ruvllm_core.protocols import Architecture, Quantizer, Weights
 from ruvllm_core.registry import Registry
 from ruvllm_core.testing import tiny
 
+_REQUIRED = {name: name for name in ("hidden_size", "intermediate_size", "vocab_size")}
+_REQUIRED |= {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "rms_norm_eps": "norm_eps"}
+
 
 class ArchitectureSuite:
     """Set `architecture` and `hf_configs`, parsed ``config.json`` of tiny models with every variant of the family.
 
-    `gguf_metadata` is what GGUF files of these models say, as far as there are any. Without one of the `required`
-    fields a configuration means nothing.
+    `gguf_metadata` is what GGUF files of these models say, as far as there are any. `required` are the fields without
+    which a configuration means nothing, and what `ModelSpec` calls them.
     """
 
     architecture: Architecture
     hf_configs: Sequence[Mapping[str, Any]]
     gguf_metadata: Sequence[Mapping[str, Any]] = ()
-    required: Sequence[str] = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps")
+    required: Mapping[str, str] = _REQUIRED
 
     def test_models(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from safetensors.numpy import save_file
@@ -36,6 +39,8 @@ class ArchitectureSuite:
         monkeypatch.setattr(Registry, "load_all", lambda *_: [self.architecture])
         for n, config in enumerate(self.hf_configs):
             spec = self.architecture.spec_from_hf(config)
+            for field, name in self.required.items():
+                assert getattr(spec, name) == config[field], field
             weights, folder = tiny.tiny_weights(spec), tmp_path / str(n)
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(config))
@@ -55,7 +60,7 @@ class ArchitectureSuite:
     def test_wrong_fields_are_named(self) -> None:
         for config in self.hf_configs:
             for field in self.required:
-                for wrong in ({**config, field: None}, {**config, field: "x"}):
+                for wrong in ({key: value for key, value in config.items() if key != field}, {**config, field: "x"}):
                     with pytest.raises(ModelError, match=field):
                         self.architecture.spec_from_hf(wrong)
 
@@ -99,10 +104,8 @@ class QuantizerSuite:
                 once = self.quantizer.quantize(values, scheme)
                 again = self.quantizer.quantize(once.dequantize(), scheme)
                 assert (once.scheme, once.shape) == (scheme, values.shape)
-                for got, want, most in (
-                    (once, values, bound),
-                    (again, once.dequantize(), bound * (scheme not in self.exact_again)),
-                ):
+                repeated = 0.0 if scheme in self.exact_again else bound
+                for got, want, most in (once, values, bound), (again, once.dequantize(), repeated):
                     off = np.linalg.norm(got.dequantize() - want, axis=1)
                     assert (off <= most * np.linalg.norm(want, axis=1)).all(), f"{scheme}: off by {off}"
                 alone = [self.quantizer.quantize(row[None], scheme).data for row in values]
