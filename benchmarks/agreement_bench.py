@@ -78,7 +78,8 @@ def transformers_agreement(engine: Engine, path: Path, tokens: int) -> int:
 
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
     params = GenerateParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    # No end of text: both go on to the last token, and neither forbids any.
+    # No end of text: both go on to the last token, and neither forbids any. `generate` fills gaps from the model's own.
+    model.generation_config.eos_token_id = None
     greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     agreeing = 0
     for prompt in PROMPTS:
