@@ -205,10 +205,7 @@ def test_not_finite(folder: Path, registry: Registry) -> None:
 def test_no_model(tmp_path: Path, registry: Registry) -> None:
     with pytest.raises(ModelNotFound, match="no such file"):
         open_model(tmp_path / "none.gguf", registry)
-    with pytest.raises(ModelNotFound, match=r"has no config\.json\n  a model folder holds"):
-        open_model(tmp_path, registry)
-    write_gguf(tmp_path / "m.gguf")
-    with pytest.raises(ModelNotFound, match=r"has no config\.json\n  name one of its files: m\.gguf"):
+    with pytest.raises(ModelNotFound, match=r"no such file: .*config\.json"):
         open_model(tmp_path, registry)
 
 

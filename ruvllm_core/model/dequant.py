@@ -121,7 +121,7 @@ def _shift(out: Floats, blocks: Blocks) -> None:
     np.add(out, scale_min[:, 1:], out=out)
 
 
-def _scale_less_min(out: Floats, super_scales: Floats, scales: Blocks, minima: Blocks) -> None:
+def _scale_less_min(out: Floats, super_scales: Floats, scales: npt.NDArray[Any], minima: npt.NDArray[Any]) -> None:
     """Multiply the groups of 256-value blocks in place by their `scales`, then subtract their `minima`.
 
     Both are integers ``[n, groups]`` in units of the two `super_scales`, ``[n, 2]``.
@@ -243,5 +243,7 @@ _DECODERS: dict[str, Callable[[Blocks, Floats], None]] = {
 # The 16-bit words of a block that are f16 scales; where absent, the first.
 _SCALE_HALVES = {
     **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), slice(2)),
-    **{"q2_k": slice(40, 42), "q3_k": slice(54, 55), "q6_k": slice(104, 105)},
+    "q2_k": slice(40, 42),
+    "q3_k": slice(54, 55),
+    "q6_k": slice(104, 105),
 }

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.errors import FormatError
+from ruvllm_core.model.mapping import DAMAGED
 
 MAGIC = b"GGUF"
-DAMAGED = "the file is damaged or incomplete: download it again, or convert the model again"
 DEFAULT_ALIGNMENT = 32
 MAX_NAME = 64  # bytes of a tensor name, from the specification
 MAX_KEY = 65535  # bytes of a metadata key, from the specification

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
+from ruvllm_core.model.mapping import DAMAGED, map_file
 from ruvllm_core.model.quant import QuantTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
-DAMAGED = "the file is damaged or incomplete: download it again"
 
 _SCHEME_OF_DTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _BYTES_OF_DTYPE = {
@@ -56,18 +55,8 @@ class SafetensorsFile(Mapping[str, QuantTensor]):
     def __init__(self, path: Path) -> None:
         """Map and parse `path`. Raises `ModelNotFound`, `FormatError`, or `ModelError` if it cannot be read."""
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self.nbytes = file.seek(0, 2)
-                if self.nbytes == 0:
-                    raise FormatError(f"{path} is empty", hint=DAMAGED)
-                self._bytes: npt.NDArray[np.uint8] = np.frombuffer(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
-                )
-        except FileNotFoundError:
-            raise ModelNotFound(f"no such file: {path}", hint="check the path for typing errors") from None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read {path}: {error}", hint="check that it is a readable file") from error
+        self._bytes = np.frombuffer(map_file(path), dtype=np.uint8)
+        self.nbytes = self._bytes.nbytes
         self.entries = _read_header(path, self._bytes)
 
     def __getitem__(self, name: str) -> QuantTensor:
