@@ -162,8 +162,8 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
             settings_cls: type[BaseSettings],
             init_settings: PydanticBaseSettingsSource,
             env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
+            *_: PydanticBaseSettingsSource,
+            **__: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
@@ -178,13 +178,12 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
 
 def validate_options(model: type[BaseModel], values: Mapping[str, Any], plugin: str) -> BaseModel:
     """A plugin's own settings through its own model, which need not forbid unknown keys. Raises `ConfigError`."""
+    source, prefix = f"settings of plugin {plugin}", ("plugins", plugin)
     for key in values:
         if key not in model.model_fields:
-            raise ConfigError(
-                f"settings of plugin {plugin}: there is no setting plugins.{plugin}.{key}",
-                hint=near(key, model.model_fields),
-            )
-    return _validate(model, values, f"settings of plugin {plugin}", ("plugins", plugin))
+            what = f"{source}: there is no setting plugins.{plugin}.{key}"
+            raise ConfigError(what, hint=near(key, model.model_fields))
+    return _validate(model, values, source, prefix)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

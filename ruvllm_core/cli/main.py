@@ -80,11 +80,8 @@ class CommandGroup(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         from click.shell_completion import CompletionItem
 
-        names = [
-            CompletionItem(name, help=offer.summary)
-            for name, offer in _offers(ctx).items()
-            if name.startswith(incomplete)
-        ]
+        fitting = {name: offer for name, offer in _offers(ctx).items() if name.startswith(incomplete)}
+        names = [CompletionItem(name, help=offer.summary) for name, offer in fitting.items()]
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
 
