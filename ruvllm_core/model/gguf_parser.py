@@ -79,7 +79,8 @@ class Parser:
         """Version, number of tensors, number of metadata entries."""
         magic = self.buffer[:4]
         if magic != MAGIC:
-            self.fail(f"a GGUF file starts with {MAGIC!r}, this one with {magic!r}", "is this really a GGUF file?")
+            hint = "give a .gguf file, or the folder that holds config.json and *.safetensors"
+            self.fail(f"a GGUF file starts with {MAGIC!r}, this one with {magic!r}", hint)
         self.take(4)
         version = self.u32()
         if version and not version & 0xFFFF:
