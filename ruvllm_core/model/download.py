@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ruvllm_core.errors import ModelError, ModelNotFound
 from ruvllm_core.log import get_logger
@@ -41,6 +42,7 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
     """
     from huggingface_hub import HfApi, hf_hub_download, utils
 
+    bars: Any = utils  # it does not say that it exports their switches
     assert model.repo is not None
     endpoint, folder = os.environ.get("HF_ENDPOINT") or None, hub_dir(settings)
     with _explained(model, settings):
@@ -51,14 +53,15 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
     snapshot = repo / "snapshots" / commit
     needed = 0
     for name in files:
-        blob = offered[name].lfs.sha256 if offered[name].lfs else offered[name].blob_id
+        lfs = offered[name].lfs
+        blob = lfs.sha256 if lfs is not None else offered[name].blob_id
         if not (snapshot / name).is_file() and not (repo / "blobs" / str(blob)).is_file():
             needed += offered[name].size or 0
     _check_space(needed, model, settings)
-    silence = not progress and not utils.are_progress_bars_disabled()
+    silence = not progress and not bars.are_progress_bars_disabled()
     try:
         if silence:
-            utils.disable_progress_bars()
+            bars.disable_progress_bars()
         with _explained(model, settings):
             # One after the other in this thread: huggingface_hub's parallel downloads do not stop at Ctrl-C. The last
             # step has nothing left to download and lets the revision name the commit.
@@ -74,7 +77,7 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
                         time.sleep(1)
     finally:
         if silence:
-            utils.enable_progress_bars()
+            bars.enable_progress_bars()
         if not any(path.is_file() for part in ("blobs", "snapshots") for path in (repo / part).rglob("*")):
             shutil.rmtree(repo, ignore_errors=True)
     if snapshot_folder(model, settings) != snapshot:
