@@ -53,7 +53,7 @@ def test_offline_by_setting_by_variable_and_by_argument(
     hub.log.clear()
     offline = settings.model_copy(update={"offline": True})
     for attempt in (lambda: resolve("org/ggufs", offline), lambda: resolve("org/ggufs", settings, download=False)):
-        with pytest.raises(ModelNotFound, match="models that are here: org/folder"):
+        with pytest.raises(ModelNotFound, match="org/folder@v1"):
             attempt()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFound, match="offline mode is on"):

@@ -95,14 +95,10 @@ def global_options(command: _Command) -> _Command:
     """The options that every command takes, before and after its name."""
     # --config is eager, so that `--config FILE --help` lists the commands of the plugins that FILE allows.
     file: dict[str, Any] = {"metavar": "FILE", "type": click.Path(path_type=Path), "help": "Settings in a TOML file."}
-    options = (
-        click.option("--debug", is_flag=True, expose_value=False, callback=_use_debug, help="Show tracebacks."),
-        setting("log_level", "--log-level", type=click.Choice(LOG_LEVELS), help="What to log, to stderr."),
-        click.option("--config", is_eager=True, expose_value=False, callback=_use_config, **file),
-    )
-    for option in options:
-        command = option(command)
-    return command
+    debug = click.option("--debug", is_flag=True, expose_value=False, callback=_use_debug, help="Show tracebacks.")
+    level = setting("log_level", "--log-level", type=click.Choice(LOG_LEVELS), help="What to log, to stderr.")
+    config = click.option("--config", is_eager=True, expose_value=False, callback=_use_config, **file)
+    return config(level(debug(command)))
 
 
 def add_global_options(command: click.Command) -> click.Command:

@@ -8,7 +8,6 @@ Source: the block layouts of the GGML library (``block_q4_0`` … ``block_q6_K``
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.errors import QuantizationError
+from ruvllm_core.machine import usable_cpus
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 
 Blocks = npt.NDArray[np.uint8]  # [n, block_bytes]
@@ -55,7 +55,7 @@ def dequantize(
                 decode(blocks[start : start + step], values[start : start + step])
 
     starts = range(0, len(blocks), step)
-    workers = min(threads or _usable_cores(), len(starts)) if out.size >= _THREAD_VALUES else 1
+    workers = min(threads or usable_cpus(), len(starts)) if out.size >= _THREAD_VALUES else 1
     if workers == 1:
         run(starts)
     else:
@@ -76,10 +76,6 @@ def count_non_finite(tensor: QuantTensor) -> int:
     halves = data.view(np.uint16).reshape(-1, SCHEMES[tensor.scheme].block_bytes // 2)
     scales = halves[:, _SCALE_HALVES.get(tensor.scheme, slice(1))]
     return int(np.count_nonzero((scales & exponent) == exponent))
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------

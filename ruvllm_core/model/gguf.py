@@ -12,12 +12,10 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ruvllm_core.errors import FormatError
 from ruvllm_core.model.gguf_parser import DEFAULT_ALIGNMENT, MAX_DIMS, MAX_KEY, MAX_NAME, Parser, ValueType
 from ruvllm_core.model.mapping import map_file
 from ruvllm_core.model.quant import SCHEME_OF_GGML_TYPE, SCHEMES, QuantTensor
@@ -43,7 +41,7 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An open GGUF file; make one with `GGUFFile.open`. Also a context manager.
+    """An open GGUF file; make one with `GGUFFile.open`. The last tensor to die unmaps it.
 
     Attributes:
         path: the file.
@@ -91,35 +89,15 @@ class GGUFFile:
         return cls(Path(path), map_file(Path(path)))
 
     def tensor(self, name: str) -> QuantTensor:
-        """The tensor called `name` as a read-only view of the mapping; nothing is read yet.
-
-        Raises:
-            FormatError: there is no such tensor.
-        """
-        info = self.tensors.get(name)
-        if info is None:
-            raise FormatError(
-                f"{self.path} has no tensor '{name}'",
-                hint="the file is of another model family, or was made by a converter that this version does not know",
-            )
+        """The tensor called `name`, which must be there, as a read-only view of the mapping; nothing is read yet."""
+        info = self.tensors[name]
         row_bytes = SCHEMES[info.scheme].row_bytes(info.shape[-1])
         data = self._bytes[info.offset : info.offset + info.nbytes].reshape(-1, row_bytes)
         return QuantTensor(info.scheme, info.shape, data)
 
     def find(self, name: str) -> QuantTensor | None:
-        """The same, but None if there is no such tensor."""
+        """The tensor called `name`, or None if there is none."""
         return self.tensor(name) if name in self.tensors else None
-
-    def close(self) -> None:
-        """Let go of the mapping. Safe while tensors are in use: the last view to die unmaps the file."""
-        self._bytes = np.empty(0, dtype=np.uint8)
-        self.tensors = {}
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
 
 def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, TensorInfo]:

@@ -32,19 +32,9 @@ class ValueType(IntEnum):
     U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 
 
-# numpy's code for every fixed-size value type
-FIXED_DTYPES: dict[ValueType, np.dtype[Any]] = {
-    ValueType.U8: np.dtype("u1"),
-    ValueType.I8: np.dtype("i1"),
-    ValueType.U16: np.dtype("<u2"),
-    ValueType.I16: np.dtype("<i2"),
-    ValueType.U32: np.dtype("<u4"),
-    ValueType.I32: np.dtype("<i4"),
-    ValueType.F32: np.dtype("<f4"),
-    ValueType.BOOL: np.dtype("?"),
-    ValueType.U64: np.dtype("<u8"),
-    ValueType.I64: np.dtype("<i8"),
-    ValueType.F64: np.dtype("<f8"),
+# Every fixed-size value type in numpy's terms, which say bytes where GGUF says bits.
+FIXED_DTYPES: dict[ValueType, np.dtype[Any]] = {ValueType.BOOL: np.dtype("?")} | {
+    kind: np.dtype(f"<{kind.name[0].lower()}{int(kind.name[1:]) // 8}") for kind in ValueType if kind.name[1:].isdigit()
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -142,11 +142,10 @@ def open_gguf(path: Path) -> GGUFFile:
 def _open_gguf(path: Path, registry: Registry) -> ModelFile:
     file = open_gguf(path)
     with _naming(path):
-        family = _family(registry, Fields(file.metadata).text("general.architecture"), "gguf_names")
+        family = _family(registry, Fields(file.metadata).text("general.architecture"), "gguf")
         spec = family.spec_from_gguf(file.metadata, file.find)
     sources = family.tensor_names(spec)
-    placed = {name: (source.gguf, source.gguf_rows) for name, source in sources.items()}
-    weights = _map(path, file.tensors, file.tensor, sources, placed)
+    weights = _map(path, sources, "gguf", file.tensors, file.tensor)
     return ModelFile(path, spec, weights, sources, path.stat().st_size)
 
 
@@ -160,18 +159,17 @@ def _open_folder(path: Path, registry: Registry) -> ModelFile:
             method = quantization.get("quant_method", "an unnamed method")
             hint = "take the unquantized model, or a GGUF file of it"
             raise ModelError(f"weights quantized with {method} cannot be read", hint=hint)
-        family = _family(registry, names[0], "hf_names")
+        family = _family(registry, names[0], "hf")
         spec = family.spec_from_hf(config)
     sources = family.tensor_names(spec)
     tensors = SafetensorsFolder(path)
-    placed = {name: (source.hf, source.hf_rows) for name, source in sources.items()}
-    weights = _map(path, tensors, tensors.__getitem__, sources, placed)
+    weights = _map(path, sources, "hf", tensors, tensors.__getitem__)
     return ModelFile(path, spec, weights, sources, tensors.nbytes)
 
 
-def _family(registry: Registry, name: str, attribute: str) -> Architecture:
+def _family(registry: Registry, name: str, kind: Literal["hf", "gguf"]) -> Architecture:
     families: list[Architecture] = registry.load_all("architectures")
-    known = {alias: family for family in families for alias in getattr(family, attribute)}
+    known = {alias: family for family in families for alias in getattr(family, f"{kind}_names")}
     if name not in known:
         raise ModelError(f"no installed plugin knows the model family {name!r}", hint=near(name, known))
     return known[name]
@@ -188,12 +186,16 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _map(
     path: Path,
+    sources: Mapping[str, TensorSource],
+    kind: Literal["hf", "gguf"],
     names: Collection[str],
     read: Callable[[str], QuantTensor],
-    sources: Mapping[str, TensorSource],
-    placed: Mapping[str, tuple[str, tuple[int, int] | None]],
 ) -> dict[str, QuantTensor]:
-    """Canonical tensors: `placed` says in which tensor of the file each is, and which of its rows it is."""
+    """Canonical tensors out of those of a file, which are called `names`: whole ones, or the rows that `sources` say.
+
+    Raises `FormatError` for one that is missing, of another shape, or left over though it matters.
+    """
+    placed = {c: (getattr(source, kind), getattr(source, f"{kind}_rows")) for c, source in sources.items()}
     expected: dict[str, tuple[int, ...]] = {}
     for canonical, (name, rows) in placed.items():
         shape = sources[canonical].shape

@@ -31,6 +31,10 @@ class Scheme:
     block_size: int
     block_bytes: int
 
+    @property
+    def bits_per_weight(self) -> float:
+        return 8.0 * self.block_bytes / self.block_size
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row of `columns` values. Raises `QuantizationError` if they do not fill whole blocks."""
         if columns % self.block_size:

@@ -63,10 +63,8 @@ class SafetensorsFile(Mapping[str, QuantTensor]):
         entry = self.entries[name]
         scheme = _SCHEME_OF_DTYPE.get(entry.dtype)
         if scheme is None:
-            raise FormatError(
-                f"{self.path}: tensor '{name}' has type {entry.dtype}, which is not supported",
-                hint="use a checkpoint in F32, F16 or BF16, or a GGUF file",
-            )
+            hint = "use a checkpoint in F32, F16 or BF16, or a GGUF file"
+            raise FormatError(f"{self.path}: tensor '{name}' has type {entry.dtype}, which is not supported", hint=hint)
         if not entry.shape or 0 in entry.shape:
             raise FormatError(f"{self.path}: tensor '{name}' of shape {entry.shape} has no rows of values")
         row_bytes = entry.shape[-1] * _BYTES_OF_DTYPE[entry.dtype]
@@ -89,10 +87,8 @@ class SafetensorsFolder(Mapping[str, QuantTensor]):
         index = folder / INDEX_FILE
         if (folder / SINGLE_FILE).exists() or not index.exists():
             if not (folder / SINGLE_FILE).exists():
-                raise ModelNotFound(
-                    f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}",
-                    hint="only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot",
-                )
+                hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
+                raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
             self.files.append(SafetensorsFile(folder / SINGLE_FILE))
             self._home = dict.fromkeys(self.files[0], self.files[0])
             return
@@ -132,11 +128,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _parse_object(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FormatError(f"{where}: '{twice}' occurs twice", hint=DAMAGED)
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise FormatError(f"{where}: '{name}' occurs twice", hint=DAMAGED)
+            result[name] = value
         return result
 
     try:
@@ -163,11 +159,8 @@ def _read_header(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, TensorEnt
         raise FormatError(f"{path} ends after {len(data)} bytes, within the header length", hint=DAMAGED)
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER, len(data) - 8):
-        raise FormatError(
-            f"{path} is no safetensors file or is cut off: it announces a header of {length} bytes, "
-            f"but has {len(data)} bytes in all",
-            hint=DAMAGED,
-        )
+        what = f"it announces a header of {length} bytes, but has {len(data)} bytes in all"
+        raise FormatError(f"{path} is no safetensors file or is cut off: {what}", hint=DAMAGED)
     header = _parse_object(data[8 : 8 + length].tobytes(), f"{path}: the header")
     header.pop("__metadata__", None)
     base = 8 + length
@@ -191,9 +184,8 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     start, stop = offsets
     size = _BYTES_OF_DTYPE.get(dtype)
     if stop < start or (size is not None and stop - start != size * math.prod(shape)):
-        raise FormatError(
-            f"{path}: tensor '{name}' ({dtype} {tuple(shape)}) cannot have {stop - start} bytes", hint=DAMAGED
-        )
+        what = f"({dtype} {tuple(shape)}) cannot have {stop - start} bytes"
+        raise FormatError(f"{path}: tensor '{name}' {what}", hint=DAMAGED)
     return TensorEntry(dtype, tuple(shape), base + start, base + stop)
 
 

@@ -184,7 +184,9 @@ def llama_tensor_names(spec: ModelSpec) -> dict[str, TensorSource]:
     }
     if not spec.tied_embeddings:
         names["lm_head"] = TensorSource("lm_head.weight", "output.weight", (spec.vocab_size, hidden))
-    linears = {
+    sites = {
+        "attn_norm": ("input_layernorm", "attn_norm", (hidden,), False),
+        "mlp_norm": ("post_attention_layernorm", "ffn_norm", (hidden,), False),
         "attn.q": ("self_attn.q_proj", "attn_q", (q, hidden), spec.qkv_bias),
         "attn.k": ("self_attn.k_proj", "attn_k", (kv, hidden), spec.qkv_bias),
         "attn.v": ("self_attn.v_proj", "attn_v", (kv, hidden), spec.qkv_bias),
@@ -195,11 +197,7 @@ def llama_tensor_names(spec: ModelSpec) -> dict[str, TensorSource]:
     }
     for n in range(spec.num_layers):
         hf, gguf, ours = f"model.layers.{n}.", f"blk.{n}.", f"layers.{n}."
-        names[ours + "attn_norm"] = TensorSource(hf + "input_layernorm.weight", gguf + "attn_norm.weight", (hidden,))
-        names[ours + "mlp_norm"] = TensorSource(
-            hf + "post_attention_layernorm.weight", gguf + "ffn_norm.weight", (hidden,)
-        )
-        for site, (hf_site, gguf_site, shape, bias) in linears.items():
+        for site, (hf_site, gguf_site, shape, bias) in sites.items():
             names[ours + site] = TensorSource(f"{hf}{hf_site}.weight", f"{gguf}{gguf_site}.weight", shape)
             if bias:
                 names[f"{ours}{site}.bias"] = TensorSource(f"{hf}{hf_site}.bias", f"{gguf}{gguf_site}.bias", shape[:1])
