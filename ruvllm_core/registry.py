@@ -111,9 +111,8 @@ class Registry:
         found = [entry for entry in self._entries if entry.kind == kind and entry.name == name]
         if len(found) > 1:
             owners = " and ".join(f"{entry.distribution} {entry.version} (plugin {entry.plugin})" for entry in found)
-            raise PluginConflict(
-                f"{kind}: {name!r} is claimed by {owners}", hint="uninstall one, or name one in plugin_block"
-            )
+            hint = "uninstall one, or name one in plugin_block"
+            raise PluginConflict(f"{kind}: {name!r} is claimed by {owners}", hint=hint)
         if found:
             return found[0]
         for plugin in self.quarantined:
@@ -121,9 +120,8 @@ class Registry:
                 raise PluginError(f"plugin {plugin.plugin} is broken: {plugin.reason}") from plugin.error
         out = [f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined]
         missing = f"; not in use: {', '.join(out)}" if out else ""
-        raise PluginError(
-            f"{kind}: there is no {name!r}{missing}", hint=near(name, (entry.name for entry in self.entries(kind)))
-        )
+        known = [entry.name for entry in self.entries(kind)]
+        raise PluginError(f"{kind}: there is no {name!r}{missing}", hint=near(name, known))
 
     def load(self, kind: str, name: str) -> Any:
         """The implementation called `name`, its probe passed. Raises `PluginError`."""
@@ -192,8 +190,8 @@ class Registry:
         try:
             module = load()
             if taken := self._modules.get(owner.plugin):
-                other = taken[1]
-                raise PluginConflict(f"the plugin name {owner.plugin} is taken by {other.distribution} {other.version}")
+                holder = f"{taken[1].distribution} {taken[1].version}"
+                raise PluginConflict(f"the plugin name {owner.plugin} is taken by {holder}")
             self._entries += _collect(module, owner)
             self._modules[owner.plugin] = module, owner
         except _FAULTS as error:

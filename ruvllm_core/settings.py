@@ -206,12 +206,12 @@ def _check_environment(environment: Mapping[str, str]) -> None:
         if not variable.upper().startswith(ENV_PREFIX):
             continue
         path = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
-        known = (
-            None if path[:1] == ("plugins",) or path[:2] == ("sampling", "logit_bias") else _keys(Settings, path[:-1])
-        )
         if path[0] not in Settings.model_fields:
-            path, known = path[:1], list(Settings.model_fields)
-        if known is not None and path[-1] not in known:
+            path = path[:1]
+        elif path[0] == "plugins" or path[:2] == ("sampling", "logit_bias"):
+            continue  # of these, anything goes here
+        known = _keys(Settings, path[:-1])
+        if path[-1] not in known:
             names = [ENV_PREFIX + "__".join((*path[:-1], key)).upper() for key in known]
             raise ConfigError(f"no setting answers to the environment variable {variable}", hint=near(variable, names))
 

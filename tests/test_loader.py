@@ -245,10 +245,8 @@ def opened(path: Path, registry: Registry) -> tuple[ModelFile, dict[str, Any]]:
 
 def test_quantize_while_loading(folder: Path, registry: Registry) -> None:
     model, before = opened(folder, registry)
-    seen: list[int] = []
-    quantize_weights(model, registry.load("quantizers", "q8_0"), progress=seen.append)
+    quantize_weights(model, registry.load("quantizers", "q8_0"))
     assert model.scheme == "q8_0"
-    assert sum(seen) == sum(4 * values.size for values in before.values() if values.ndim == 2)
     for name, tensor in model.weights.items():
         if len(tensor.shape) == 1:
             assert tensor.scheme == "f32"

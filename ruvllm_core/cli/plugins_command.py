@@ -48,7 +48,6 @@ def _select(registry: Registry, kind: str, wanted: list[str] | str) -> dict[str,
     several = kind == "learning_loops"  # all that can run; everywhere else the first is taken
     lost = {entry.name: "not asked for" for entry in entries if entry.name not in names}
     selected: list[str] = []
-    unable: list[str] = []
     error = None
     try:
         for name in names:
@@ -56,14 +55,14 @@ def _select(registry: Registry, kind: str, wanted: list[str] | str) -> dict[str,
                 lost[name] = f"{selected[0]} comes first"
             elif reason := registry.entry(kind, name).reason():
                 lost[name] = reason
-                unable.append(f"{name}: {reason}")
             else:
                 selected.append(name)
     except RuvLLMError as problem:
         error = str(problem)
+    unable = "; ".join(f"{name}: {lost[name]}" for name in names if name in lost)
     failed = (unable and wanted != "auto") if several else not selected
     if failed and error is None:
-        error = f"{kind}: nothing can run here ({'; '.join(unable) or 'none is installed'})"
+        error = f"{kind}: nothing can run here ({unable or 'none is installed'})"
     return {"selected": selected, "lost": [{"name": n, "reason": r} for n, r in lost.items()], "error": error}
 
 

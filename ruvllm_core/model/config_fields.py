@@ -56,6 +56,9 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._get(name, "a finite number", _is_number, default))
 
+    def maybe_number(self, name: str) -> float | None:
+        return None if self.raw(name) is None else self.number(name)
+
     def flag(self, name: str, default: bool) -> bool:
         return bool(self._get(name, "true or false", lambda value: isinstance(value, bool), default))
 
@@ -131,8 +134,8 @@ def _hf_rope(config: Fields, head_dim: int) -> dict[str, Any]:
         "longrope": {"factor": longer},
     }
     values: dict[str, Any] = {name: rope.number(name, default) for name, default in numbers[kind].items()}
-    if kind in ("yarn", "longrope") and rope.raw("attention_factor") is not None:
-        values["attention_factor"] = rope.number("attention_factor")
+    if kind in ("yarn", "longrope"):
+        values["attention_factor"] = rope.maybe_number("attention_factor")
     if kind == "longrope":
         values |= {"short_factors": rope.numbers("short_factor"), "long_factors": rope.numbers("long_factor")}
     for unsupported in ("mscale", "mscale_all_dim", "truncate"):
@@ -198,13 +201,10 @@ def _gguf_rope(fields: Fields, tensor: TensorLookup) -> RopeScaling:
     context = fields.integer("context_length")
     original = fields.integer("rope.scaling.original_context_length", context)
     factor = context / max(original, 1) if kind == "longrope" else fields.number("rope.scaling.factor", 1.0)
-    attention: float | None = None
-    if fields.raw("rope.scaling.yarn_attn_factor") is not None:
-        attention = fields.number("rope.scaling.yarn_attn_factor")
-    elif fields.raw("rope.scaling.attn_factor") is not None:
+    attention = fields.maybe_number("rope.scaling.yarn_attn_factor")
+    if attention is None and (multiplier := fields.maybe_number("rope.scaling.attn_factor")) is not None:
         # For yarn this multiplies the factor of its own rule; elsewhere it is the whole factor.
-        rule = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1.0 else 1.0
-        attention = fields.number("rope.scaling.attn_factor") * rule
+        attention = multiplier * (0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1.0 else 1.0)
     frequencies = _factors(tensor, "rope_freqs.weight")
     if frequencies and kind != "none":
         raise ModelError(f"the tensor 'rope_freqs.weight' together with {kind} rope scaling is not supported")

@@ -103,15 +103,10 @@ def _wanted(
     gguf = choose_gguf(names, model.file, settings.quantization, model.text)
     if gguf is not None:
         return [gguf], gguf
-    pickled = (
-        " but pickled ones, which can run code when they are read"
-        if any(name.endswith(PICKLES) for name in names)
-        else ""
-    )
-    raise ModelError(
-        f"{model.text} has no GGUF file and no safetensors weights with a config.json{pickled}",
-        hint="it has: " + ", ".join(names[:8]) if names else "it is empty",
-    )
+    lacks = f"{model.text} has no GGUF file and no safetensors weights with a config.json"
+    if any(name.endswith(PICKLES) for name in names):
+        lacks += " but pickled ones, which can run code when they are read"
+    raise ModelError(lacks, hint="it has: " + ", ".join(names[:8]) if names else "it is empty")
 
 
 def _check_space(needed: int, model: ModelRef, settings: Settings) -> None:
@@ -130,20 +125,22 @@ def _explained(model: ModelRef, settings: Settings) -> Iterator[None]:
     assert model.repo is not None
     name, repo = model.text, model.repo
     login = "log in with `hf auth login`, or put a token into HF_TOKEN"
-    access = f"ask for access at https://huggingface.co/{repo}, then {login}"
+    ask, check = f"ask for access at https://huggingface.co/{repo}, then {login}", f"check the name; else {login}"
     answers: dict[type[Exception], tuple[str, str | None]] = {
-        hf.GatedRepoError: (f"{repo} is gated: its owner grants access by account", access),
+        hf.GatedRepoError: (f"{repo} is gated: its owner grants access by account", ask),
         hf.RevisionNotFoundError: (f"{repo} has no revision {model.revision}", None),
-        hf.RepositoryNotFoundError: (f"there is no repository {repo} on the hub, or it is private", login),
+        hf.RepositoryNotFoundError: (f"there is no repository {repo} on the hub, or it is private", check),
+        hf.HFValidationError: (f"{name} is no hub id that the hub allows", None),
     }
     try:
         yield
     except Exception as error:
         for kind, (message, hint) in answers.items():
             if isinstance(error, kind):
-                raise ModelNotFound(message, hint=hint) from None
+                raise ModelNotFound(message, hint=hint) from error
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if _disk_full(error):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
             for partial in (repo_dir(repo, settings) / "blobs").glob("*.incomplete"):
                 partial.unlink(missing_ok=True)
             kept = "files that were whole are kept, the partial one is deleted"
@@ -156,7 +153,7 @@ def _explained(model: ModelRef, settings: Settings) -> Iterator[None]:
             status = error.response.status_code
             hint = login if status in (401, 403) else "try again later"
             raise ModelNotFound(f"the hub answered {status} for {name}: {why}", hint=hint) from error
-        if isinstance(error, (OSError, hf.HFValidationError)):
+        if isinstance(error, OSError):
             raise ModelError(f"cannot download {name}: {why}", hint="try again") from error
         raise
 
@@ -171,8 +168,3 @@ def _is_network(error: BaseException) -> bool:
     return not isinstance(error, hf.HfHubHTTPError) and not libraries.isdisjoint(
         ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
     )
-
-
-def _disk_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or "No space left on device" in str(error)

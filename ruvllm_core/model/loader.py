@@ -93,12 +93,11 @@ def open_model(path: Path, registry: Registry) -> ModelFile:
     return _open_folder(path, registry) if path.is_dir() else _open_gguf(path, registry)
 
 
-def quantize_weights(model: ModelFile, quantizer: Quantizer, *, progress: Callable[[int], None] | None = None) -> None:
+def quantize_weights(model: ModelFile, quantizer: Quantizer) -> None:
     """Replace the float matrices of `model` by blocks, so that it needs no more memory than a quantized file.
 
-    Vectors stay as they are. `progress` is called with the number of bytes read, after each piece.
-    Raises `QuantizationError` if a matrix is quantized already to another scheme than `quantizer` has for it, or if
-    its values cannot be encoded.
+    Vectors stay as they are. Raises `QuantizationError` if a matrix is quantized already to another scheme than
+    `quantizer` has for it, or if its values cannot be encoded.
     """
     matrices = {name: tensor for name, tensor in model.weights.items() if len(tensor.shape) == 2}
     wanted: dict[str, str] = {}
@@ -120,8 +119,6 @@ def quantize_weights(model: ModelFile, quantizer: Quantizer, *, progress: Callab
         for start in range(0, tensor.num_rows, step):
             piece = tensor.rows(start, min(start + step, tensor.num_rows))
             pieces.append(quantizer.quantize(piece.dequantize(), wanted[name], name=name).data)
-            if progress:
-                progress(piece.nbytes)
         data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         model.weights[name] = QuantTensor(wanted[name], tensor.shape, data)
 

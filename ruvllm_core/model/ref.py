@@ -84,20 +84,16 @@ def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | No
     ggufs = sorted(
         name for name in files if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name.lower())
     )
-    if wanted is not None:
-        if wanted not in files:
-            raise ModelNotFound(f"{where} has no file {wanted}", hint=near(wanted, ggufs))
-        chosen = wanted
-    else:
-        named = [name for name in ggufs if quantization and names_quantization(name, quantization)]
-        if len(ggufs) > 1 and len(named) != 1:
-            raise ModelError(
-                f"{where} has several GGUF files: {', '.join(ggufs)}",
-                hint=f"name one, as in {where}{'/' if Path(where).is_dir() else ':'}{ggufs[0]}",
-            )
-        if not ggufs:
-            return None
-        chosen = named[0] if named else ggufs[0]
+    if wanted is not None and wanted not in files:
+        raise ModelNotFound(f"{where} has no file {wanted}", hint=near(wanted, ggufs))
+    named = [name for name in ggufs if quantization and names_quantization(name, quantization)]
+    candidates = [wanted] if wanted is not None else named or ggufs
+    if not candidates:
+        return None
+    if len(candidates) > 1:
+        hint = f"name one, as in {where}{'/' if Path(where).is_dir() else ':'}{ggufs[0]}"
+        raise ModelError(f"{where} has several GGUF files: {', '.join(ggufs)}", hint=hint)
+    chosen = candidates[0]
     if _SPLIT_PART.search(chosen):
         raise ModelError(
             f"{chosen} of {where} is one part of a split GGUF file, which cannot be read",

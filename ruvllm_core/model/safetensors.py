@@ -82,29 +82,27 @@ class SafetensorsFolder(Mapping[str, QuantTensor]):
 
     def __init__(self, folder: Path) -> None:
         """Open every file. Raises `ModelNotFound`, `FormatError`, or `ModelError` if one cannot be read."""
-        self.files: list[SafetensorsFile] = []
+        self.files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, SafetensorsFile] = {}
-        index = folder / INDEX_FILE
-        if (folder / SINGLE_FILE).exists() or not index.exists():
-            if not (folder / SINGLE_FILE).exists():
-                hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
-                raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
-            self.files.append(SafetensorsFile(folder / SINGLE_FILE))
-            self._home = dict.fromkeys(self.files[0], self.files[0])
+        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+        if single.exists():
+            file = self.files[SINGLE_FILE] = SafetensorsFile(single)
+            self._home = dict.fromkeys(file, file)
             return
-        shards: dict[str, SafetensorsFile] = {}
+        if not index.exists():
+            hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
+            raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
         for name, shard in _read_index(index).items():
-            if shard not in shards:
-                shards[shard] = SafetensorsFile(folder / shard)
-            if name not in shards[shard]:
+            if shard not in self.files:
+                self.files[shard] = SafetensorsFile(folder / shard)
+            if name not in self.files[shard]:
                 raise FormatError(f"{index} places tensor '{name}' in {shard}, which does not hold it", hint=DAMAGED)
-            self._home[name] = shards[shard]
-        self.files += shards.values()
+            self._home[name] = self.files[shard]
 
     @property
     def nbytes(self) -> int:
         """Size of all files in bytes."""
-        return sum(file.nbytes for file in self.files)
+        return sum(file.nbytes for file in self.files.values())
 
     def __getitem__(self, name: str) -> QuantTensor:
         return self._home[name][name]
