@@ -118,10 +118,14 @@ class Registry:
         for plugin in self.quarantined:
             if plugin.error is not None and name in (plugin.plugin, plugin.distribution):
                 raise PluginError(f"plugin {plugin.plugin} is broken: {plugin.reason}") from plugin.error
-        out = [f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined]
-        missing = f"; not in use: {', '.join(out)}" if out else ""
+        missing = f"; not in use: {self.not_in_use}" if self.quarantined else ""
         known = [entry.name for entry in self.entries(kind)]
         raise PluginError(f"{kind}: there is no {name!r}{missing}", hint=near(name, known))
+
+    @property
+    def not_in_use(self) -> str:
+        """The plugins left out, and why."""
+        return ", ".join(f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined)
 
     def load(self, kind: str, name: str) -> Any:
         """The implementation called `name`, its probe passed. Raises `PluginError`."""

