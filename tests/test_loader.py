@@ -106,7 +106,7 @@ def change(folder: Path, **tensors: Any) -> None:
 
 
 def write_gguf(path: Path, architecture: str = "llama", scheme: str = "F32", **more: Any) -> Path:
-    """A GGUF file from the gguf package's own writer; `more` are tensors, or integers under metadata keys."""
+    """A GGUF file from the gguf package's own writer; `more` are tensors, or integers and strings under metadata keys."""
     writer = GGUFWriter(path, architecture)
     for key, value in {
         "block_count": 2,
@@ -122,6 +122,8 @@ def write_gguf(path: Path, architecture: str = "llama", scheme: str = "F32", **m
     for name, value in more.items():
         if isinstance(value, int):
             writer.add_uint32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
         else:
             tensors[name] = value
     kind = GGMLQuantizationType[scheme]
@@ -220,6 +222,7 @@ def test_folder_without_weights(folder: Path, registry: Registry) -> None:
     [
         ({"architecture": "lama"}, r"m\.gguf: no installed plugin knows the model family 'lama'\n  did you mean llama"),
         ({"split.count": 3}, r"m\.gguf is one of 3 parts of a split model"),
+        ({"split.count": "two"}, r"m\.gguf: the field 'split\.count' should be an integer, found 'two'"),
         ({"llama.expert_count": 8}, r"m\.gguf: models with experts are not supported \(expert_count is 8\)"),
         ({"llama.attention.value_length": 32}, r"differ in width are not supported \(attention\.value_length\)"),
         (
@@ -236,6 +239,18 @@ def test_wrong_gguf(tmp_path: Path, registry: Registry, more: dict[str, Any], me
     path = write_gguf(tmp_path / "m.gguf", **more)
     with pytest.raises(ModelError, match=message):
         open_model(path, registry)
+
+
+def test_gguf_without_a_family(tmp_path: Path, registry: Registry) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.kv_data[0].pop("general.architecture")
+    writer.add_uint32("general.quantization_version", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"m\.gguf: the field 'general\.architecture' \(a string\) is missing"):
+        open_model(tmp_path / "m.gguf", registry)
 
 
 def opened(path: Path, registry: Registry) -> tuple[ModelFile, dict[str, Any]]:
