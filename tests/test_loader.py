@@ -106,7 +106,7 @@ def change(folder: Path, **tensors: Any) -> None:
 
 
 def write_gguf(path: Path, architecture: str = "llama", scheme: str = "F32", **more: Any) -> Path:
-    """A GGUF file from the gguf package's own writer; `more` are tensors, or integers and strings under metadata keys."""
+    """A GGUF file from the gguf package's own writer; `more` are tensors, or integers and strings as metadata."""
     writer = GGUFWriter(path, architecture)
     for key, value in {
         "block_count": 2,
