@@ -74,16 +74,16 @@ def perplexities(engine: Engine, peer: LlamaCpp, ids: Sequence[int], windows: in
 def transformers_agreement(engine: Engine, path: Path, tokens: int) -> int:
     """How many of the prompts transformers itself continues with the same tokens, greedily, in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
     params = GenerateParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    # No end of text: both go on to the last token, and neither forbids any.
+    greedy = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     agreeing = 0
     for prompt in PROMPTS:
         ids = torch.tensor([engine.encode_prompt(prompt)])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
         agreeing += tuple(out[0, ids.shape[1] :].tolist()) == engine.generate(ids[0].tolist(), params).token_ids
     return agreeing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,11 +103,14 @@ def global_options(command: _Command) -> _Command:
 
 
 def add_global_options(command: click.Command) -> click.Command:
-    """Have `command`, and all below it, take the global options, but for those it has options of its own for."""
+    """A copy of `command` that takes the global options, but for those it has options of its own for.
+
+    So do all below it. The plugin's own object stays as the plugin made it.
+    """
+    command = copy.copy(command)
     template = global_options(click.Command(None))
     taken = {name for parameter in command.params for name in parameter.opts}
-    command.params += [option for option in template.params if not taken & set(option.opts)]
+    command.params = command.params + [option for option in template.params if not taken & set(option.opts)]
     if isinstance(command, click.Group):
-        for nested in command.commands.values():
-            add_global_options(nested)
+        command.commands = {name: add_global_options(nested) for name, nested in command.commands.items()}
     return command
