@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
@@ -23,14 +23,20 @@ _FAULTS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
-class Entry:
+class Owner:
+    """A plugin, and the distribution that it comes with."""
+
+    plugin: str
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Entry(Owner):
     """An offer, and which plugin of which distribution makes it."""
 
     kind: str
     offer: Offer
-    plugin: str
-    distribution: str
-    version: str
 
     @property
     def name(self) -> str:
@@ -62,22 +68,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Quarantined:
+class Quarantined(Owner):
     """A plugin that is installed but not in use; `error` is None when the settings leave it out."""
 
-    plugin: str
-    distribution: str
-    version: str
     reason: str
     error: BaseException | None = None
-
-
-@dataclass
-class Selection:
-    """The entry that was chosen, and why each other candidate lost."""
-
-    entry: Entry
-    lost: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Registry:
@@ -90,7 +85,7 @@ class Registry:
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or Settings()
         self._entries: list[Entry] = []
-        self._modules: dict[str, ModuleType] = {}
+        self._modules: dict[str, tuple[ModuleType, Owner]] = {}
         self.quarantined: list[Quarantined] = []
 
     @classmethod
@@ -104,13 +99,7 @@ class Registry:
 
     def register(self, module: ModuleType, plugin: str, distribution: str, version: str) -> None:
         """Add a plugin's hooks module. One that breaks the rules is quarantined."""
-        try:
-            if plugin in self._modules:
-                raise PluginConflict(f"the plugin name {plugin} is taken by {self._owner(plugin)}")
-            self._entries += _collect(module, plugin, distribution, version)
-            self._modules[plugin] = module
-        except _FAULTS as error:
-            self._quarantine(plugin, distribution, version, error)
+        self._admit(lambda: module, Owner(plugin, distribution, version))
 
     def entries(self, kind: str) -> list[Entry]:
         """All offers of `kind`; kernels by falling priority, others by name."""
@@ -122,19 +111,21 @@ class Registry:
         found = [entry for entry in self._entries if entry.kind == kind and entry.name == name]
         if len(found) > 1:
             owners = " and ".join(f"{entry.distribution} {entry.version} (plugin {entry.plugin})" for entry in found)
-            raise PluginConflict(
-                f"{kind}: {name!r} is claimed by {owners}", hint="uninstall one, or name one in plugin_block"
-            )
+            hint = "uninstall one, or name one in plugin_block"
+            raise PluginConflict(f"{kind}: {name!r} is claimed by {owners}", hint=hint)
         if found:
             return found[0]
         for plugin in self.quarantined:
             if plugin.error is not None and name in (plugin.plugin, plugin.distribution):
                 raise PluginError(f"plugin {plugin.plugin} is broken: {plugin.reason}") from plugin.error
-        out = [f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined]
-        missing = f"; not in use: {', '.join(out)}" if out else ""
-        raise PluginError(
-            f"{kind}: there is no {name!r}{missing}", hint=near(name, (entry.name for entry in self.entries(kind)))
-        )
+        missing = f"; not in use: {self.not_in_use}" if self.quarantined else ""
+        known = [entry.name for entry in self.entries(kind)]
+        raise PluginError(f"{kind}: there is no {name!r}{missing}", hint=near(name, known))
+
+    @property
+    def not_in_use(self) -> str:
+        """The plugins left out, and why."""
+        return ", ".join(f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined)
 
     def load(self, kind: str, name: str) -> Any:
         """The implementation called `name`, its probe passed. Raises `PluginError`."""
@@ -147,25 +138,11 @@ class Registry:
         """Every implementation of `kind` that can run here. Raises `PluginConflict` if two share a name."""
         return [self.load(kind, entry.name) for entry in self.entries(kind) if entry.reason() is None]
 
-    def select(self, kind: str, preference: Sequence[str] | str) -> Selection:
-        """The first of `preference` that can run here; ``auto`` tries all by falling priority."""
-        names = [entry.name for entry in self.entries(kind)] if preference == "auto" else list(preference)
-        lost: list[tuple[str, str]] = []
-        for name in names:
-            entry = self.entry(kind, name)
-            if reason := entry.reason():
-                lost.append((name, reason))
-                continue
-            taken = names.index(name)
-            lost += [(other, f"{name} comes first") for other in names[taken + 1 :]]
-            return Selection(entry, lost)
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in lost) or "none is installed"
-        raise PluginError(f"{kind}: nothing can run here ({reasons})")
-
     def options(self, plugin: str) -> BaseModel | None:
         """The plugin's settings through its ``Settings`` model, or None if it has none. Raises `ConfigError`."""
         values = self._settings.plugins.get(plugin, {})
-        model = getattr(self._modules.get(plugin), "Settings", None)
+        module, _ = self._modules.get(plugin, (None, None))
+        model = getattr(module, "Settings", None)
         if model is None:
             if values:
                 raise ConfigError(f"plugin {plugin} has no settings, but {', '.join(sorted(values))} is set")
@@ -194,42 +171,39 @@ class Registry:
                 rivals = [other.distribution for other in entries if other.name == entry.name and other is not entry]
                 reason = f"also claimed by {', '.join(rivals)}" if rivals else entry.reason()
                 status = "conflict" if rivals else "unavailable" if reason else "ok"
-                rows.append(_row(entry.name, kind, entry, status, reason, entry.offer.summary))
+                rows.append(_row(entry, entry.name, kind, status=status, reason=reason, summary=entry.offer.summary))
         for plugin in self.quarantined:
             status = "quarantined" if plugin.error else "blocked"
-            rows.append(_row(plugin.plugin, "plugin", plugin, status, plugin.reason, ""))
+            rows.append(_row(plugin, plugin.plugin, "plugin", status=status, reason=plugin.reason, summary=""))
         return rows
 
     def _register_entry_point(self, point: EntryPoint) -> None:
         # A dist-info folder without its METADATA has neither name nor version.
         distribution = (point.dist and point.dist.name) or point.value
-        version = (point.dist and point.dist.version) or "unknown"
+        owner = Owner(point.name, distribution, (point.dist and point.dist.version) or "unknown")
         names = {point.name, distribution}
         allowed, blocked = self._settings.plugin_allow, self._settings.plugin_block
         if names & set(blocked):
-            reason = "named in plugin_block"
+            self.quarantined.append(Quarantined(**vars(owner), reason="named in plugin_block"))
         elif allowed is not None and not names & set(allowed):
-            reason = "not named in plugin_allow"
+            self.quarantined.append(Quarantined(**vars(owner), reason="not named in plugin_allow"))
         else:
-            try:
-                module = point.load()
-            except _FAULTS as error:
-                self._quarantine(point.name, distribution, version, error)
-            else:
-                self.register(module, point.name, distribution, version)
-            return
-        self.quarantined.append(Quarantined(point.name, distribution, version, reason))
+            self._admit(point.load, owner)
 
-    def _quarantine(self, plugin: str, distribution: str, version: str, error: BaseException) -> None:
-        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-        self.quarantined.append(Quarantined(plugin, distribution, version, reason, error))
-
-    def _owner(self, plugin: str) -> str:
-        owners = {f"{entry.distribution} {entry.version}" for entry in self._entries if entry.plugin == plugin}
-        return " and ".join(sorted(owners)) or "another package"
+    def _admit(self, load: Callable[[], ModuleType], owner: Owner) -> None:
+        try:
+            module = load()
+            if taken := self._modules.get(owner.plugin):
+                holder = f"{taken[1].distribution} {taken[1].version}"
+                raise PluginConflict(f"the plugin name {owner.plugin} is taken by {holder}")
+            self._entries += _collect(module, owner)
+            self._modules[owner.plugin] = module, owner
+        except _FAULTS as error:
+            reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            self.quarantined.append(Quarantined(**vars(owner), reason=reason, error=error))
 
 
-def _collect(module: ModuleType, plugin: str, distribution: str, version: str) -> list[Entry]:
+def _collect(module: ModuleType, owner: Owner) -> list[Entry]:
     """A plugin's offers. Raises whatever is wrong with it."""
     stated = getattr(module, "RUVLLM_API_VERSION", None)
     if stated != API_VERSION:
@@ -240,7 +214,7 @@ def _collect(module: ModuleType, plugin: str, distribution: str, version: str) -
         raise PluginError("its Settings is no pydantic BaseModel")
     manager = pluggy.PluginManager("ruvllm")  # one for each plugin: what one breaks, no other meets
     manager.add_hookspecs(hookspecs)
-    manager.register(module, plugin)
+    manager.register(module, owner.plugin)
     manager.check_pending()
     if not manager.get_hookcallers(module):
         raise PluginError("it implements no hook; is @hookimpl missing?")
@@ -253,7 +227,7 @@ def _collect(module: ModuleType, plugin: str, distribution: str, version: str) -
             for offer in offers:
                 if not _usable(offer):
                     raise PluginError(f"its hook {kind} returned {offer!r}, which is no usable Offer")
-                entries.append(Entry(kind, offer, plugin, distribution, version))
+                entries.append(Entry(**vars(owner), kind=kind, offer=offer))
     return entries
 
 
@@ -265,16 +239,6 @@ def _usable(offer: object) -> bool:
     return texts and probe and isinstance(offer.priority, int) and bool(offer.name) and ":" in offer.target
 
 
-def _row(
-    name: str, kind: str, owner: Entry | Quarantined, status: str, reason: str | None, summary: str
-) -> dict[str, str | None]:
-    return {
-        "name": name,
-        "kind": kind,
-        "plugin": owner.plugin,
-        "distribution": owner.distribution,
-        "version": owner.version,
-        "status": status,
-        "reason": reason,
-        "summary": summary,
-    }
+def _row(owner: Owner, name: str, kind: str, **state: str | None) -> dict[str, str | None]:
+    origin = {"plugin": owner.plugin, "distribution": owner.distribution, "version": owner.version}
+    return {"name": name, "kind": kind, **origin, **state}

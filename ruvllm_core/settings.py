@@ -162,8 +162,8 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
             settings_cls: type[BaseSettings],
             init_settings: PydanticBaseSettingsSource,
             env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
+            *_: PydanticBaseSettingsSource,
+            **__: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
 
@@ -178,13 +178,12 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
 
 def validate_options(model: type[BaseModel], values: Mapping[str, Any], plugin: str) -> BaseModel:
     """A plugin's own settings through its own model, which need not forbid unknown keys. Raises `ConfigError`."""
+    source, prefix = f"settings of plugin {plugin}", ("plugins", plugin)
     for key in values:
         if key not in model.model_fields:
-            raise ConfigError(
-                f"settings of plugin {plugin}: there is no setting plugins.{plugin}.{key}",
-                hint=near(key, model.model_fields),
-            )
-    return _validate(model, values, f"settings of plugin {plugin}", ("plugins", plugin))
+            what = f"{source}: there is no setting plugins.{plugin}.{key}"
+            raise ConfigError(what, hint=near(key, model.model_fields))
+    return _validate(model, values, source, prefix)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -207,12 +206,12 @@ def _check_environment(environment: Mapping[str, str]) -> None:
         if not variable.upper().startswith(ENV_PREFIX):
             continue
         path = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
-        known = (
-            None if path[:1] == ("plugins",) or path[:2] == ("sampling", "logit_bias") else _keys(Settings, path[:-1])
-        )
         if path[0] not in Settings.model_fields:
-            path, known = path[:1], list(Settings.model_fields)
-        if known is not None and path[-1] not in known:
+            path = path[:1]
+        elif path[0] == "plugins" or path[:2] == ("sampling", "logit_bias"):
+            continue  # of these, anything goes here
+        known = _keys(Settings, path[:-1])
+        if path[-1] not in known:
             names = [ENV_PREFIX + "__".join((*path[:-1], key)).upper() for key in known]
             raise ConfigError(f"no setting answers to the environment variable {variable}", hint=near(variable, names))
 

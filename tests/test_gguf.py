@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import shutil
 import struct
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
+from ruvllm_core.model.dequant import count_non_finite
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.gguf_parser import FIXED_DTYPES, ValueType
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
@@ -105,20 +107,20 @@ def test_every_value_type_written_by_the_gguf_package(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    with GGUFFile.open(path) as file:
-        assert file.version == 3 and file.alignment == 32
-        for key, (value, kind) in scalars.items():
-            assert file.metadata[key] == value and type(file.metadata[key]) is type(value), key
-            assert file.types[key] == (kind,)
-        assert file.metadata["floats"].tolist() == [0.25, -1.5] and file.metadata["floats"].dtype == np.float32
-        assert file.metadata["ints"].tolist() == [1, -2, 3] and file.metadata["ints"].dtype == np.int32
-        assert file.metadata["flags"].tolist() == [True, False] and file.metadata["flags"].dtype == np.bool_
-        assert file.metadata["words"] == ["a", "", "\u4e2d"]
-        assert [w.encode("utf-8", "surrogateescape") for w in file.metadata["raw"]] == [b"\xff\xfe", b"ok"]
-        assert [inner.tolist() for inner in file.metadata["nested"]] == [[1, 2], [3]]
-        assert file.tensors["a"].shape == (2, 32) and file.tensors["b"].scheme == "q8_0"
-        np.testing.assert_array_equal(file.tensor("a").dequantize(), values)
-        np.testing.assert_allclose(file.tensor("b").dequantize(), values, atol=0.26)  # half a step of 63/127
+    file = GGUFFile.open(path)
+    assert file.version == 3 and file.alignment == 32
+    for key, (value, kind) in scalars.items():
+        assert file.metadata[key] == value and type(file.metadata[key]) is type(value), key
+        assert file.types[key] == (kind,)
+    assert file.metadata["floats"].tolist() == [0.25, -1.5] and file.metadata["floats"].dtype == np.float32
+    assert file.metadata["ints"].tolist() == [1, -2, 3] and file.metadata["ints"].dtype == np.int32
+    assert file.metadata["flags"].tolist() == [True, False] and file.metadata["flags"].dtype == np.bool_
+    assert file.metadata["words"] == ["a", "", "\u4e2d"]
+    assert [w.encode("utf-8", "surrogateescape") for w in file.metadata["raw"]] == [b"\xff\xfe", b"ok"]
+    assert [inner.tolist() for inner in file.metadata["nested"]] == [[1, 2], [3]]
+    assert file.tensors["a"].shape == (2, 32) and file.tensors["b"].scheme == "q8_0"
+    np.testing.assert_array_equal(file.tensor("a").dequantize(), values)
+    np.testing.assert_allclose(file.tensor("b").dequantize(), values, atol=0.26)  # half a step of 63/127
 
 
 def test_real_model_equals_the_gguf_package(smollm2: Path) -> None:
@@ -137,14 +139,14 @@ def test_real_model_equals_the_gguf_package(smollm2: Path) -> None:
         np.testing.assert_array_equal(
             ours.tensor(t.name).data.reshape(-1), np.asarray(t.data).view(np.uint8).reshape(-1)
         )
-        ours.check_scales(t.name)
+        assert count_non_finite(ours.tensor(t.name)) == 0
 
 
 def test_opening_a_real_model_is_quick(smollm2: Path) -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        GGUFFile.open(smollm2).close()
+        GGUFFile.open(smollm2)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3  # 0.04 s on an idle core
 
@@ -159,16 +161,16 @@ def test_version_2_and_other_alignments() -> None:
 
 
 def test_tensors_outlive_the_file(smollm2: Path) -> None:
-    with GGUFFile.open(smollm2) as file:
-        tensor = file.tensor("output_norm.weight")
+    tensor = GGUFFile.open(smollm2).tensor("output_norm.weight")
+    gc.collect()
     assert np.isfinite(tensor.dequantize()).all()
     assert not tensor.data.flags.writeable
 
 
-# --- typed access ------------------------------------------------------------------------------------------------
+# --- values ------------------------------------------------------------------------------------------------------
 
 
-def test_typed_access() -> None:
+def test_values_have_the_types_of_the_file() -> None:
     file = parse(
         build(
             [
@@ -181,18 +183,11 @@ def test_typed_access() -> None:
             ]
         )
     )
-    assert file.require("n", int) == 7 and file.require("n", float) == 7.0
-    assert type(file.require("n", float)) is float
-    assert file.require("f", float) == 0.5 and file.require("b", bool) is True and file.require("s", str) == "hi"
-    assert file.require("a", np.ndarray).tolist() == [9] and file.require("w", list) == ["x"]
-    assert file.get("n", int, 1) == 7 and file.get("missing", int, 1) == 1
-    for key, kind, found in [("s", int, "string"), ("b", int, "bool"), ("f", int, "f32"), ("a", list, "array of u32")]:
-        with pytest.raises(FormatError, match=rf"x\.gguf.*'{key}' should be {kind.__name__}, found {found}"):
-            file.get(key, kind, None)
-    with pytest.raises(FormatError, match=r"x\.gguf lacks the metadata key 'missing' \(int\)"):
-        file.require("missing", int)
-    with pytest.raises(FormatError, match=r"x\.gguf has no tensor 'nope'"):
-        file.tensor("nope")
+    assert file.metadata["n"] == 7 and type(file.metadata["n"]) is int
+    assert file.metadata["f"] == 0.5 and file.metadata["b"] is True and file.metadata["s"] == "hi"
+    assert file.metadata["a"].tolist() == [9] and file.metadata["w"] == ["x"]
+    assert file.types["a"] == (ValueType.ARRAY, ValueType.U32) and file.types["f"] == (ValueType.F32,)
+    assert file.find("nope") is None
 
 
 # --- damage ------------------------------------------------------------------------------------------------------
@@ -223,7 +218,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "bool array of 2": (build([entry("k", 9, u32(7) + u64(3) + b"\0\2\1")]), "'k': a truth value"),
     "alignment 0": (build([entry("general.alignment", 4, u32(0))]), "general.alignment.*0 is not a power"),
     "alignment 24": (build([entry("general.alignment", 4, u32(24))]), "24 is not a power"),
-    "alignment a string": (build([entry("general.alignment", 8, text("32"))]), "general.alignment.*should be int"),
+    "alignment a string": (
+        build([entry("general.alignment", 8, text("32"))]),
+        "alignment.*'32' is not a power",
+    ),
     "alignment past the end": (
         build([entry("general.alignment", 4, u32(2**31))], [info("t")], bytes(128)),
         "'t': its data end",
@@ -264,19 +262,17 @@ def test_damage_is_named(case: str, tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no such file"):
         GGUFFile.open(tmp_path / "missing.gguf")
-    with pytest.raises(ModelNotFound, match="is a folder"):
+    with pytest.raises(ModelError, match="cannot read"):
         GGUFFile.open(tmp_path)
     (tmp_path / "empty.gguf").touch()
     with pytest.raises(FormatError, match="is empty"):
         GGUFFile.open(tmp_path / "empty.gguf")
 
 
-def test_nan_scales_are_reported() -> None:
+def test_nan_scales_are_counted() -> None:
     block = np.array([np.nan], "<f2").tobytes() + bytes(32)
     file = parse(build([], [info("good", (32,), Q8), info("bad", (32,), Q8, 64)], bytes(64) + block))
-    file.check_scales("good")
-    with pytest.raises(FormatError, match=r"x\.gguf: tensor 'bad' \(q8_0\) has 1 block scales"):
-        file.check_scales("bad")
+    assert [count_non_finite(file.tensor(name)) for name in ("good", "bad")] == [0, 1]
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

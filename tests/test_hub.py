@@ -113,6 +113,7 @@ def test_tokenizer_files_come_without_weights(hub: Hub, settings: Settings) -> N
     [
         ("org/nothing", "there is no repository org/nothing on the hub, or it is private"),
         ("org/folder@v9", "org/folder has no revision v9"),
+        ("org/" + "n" * 120, "n is no hub id that the hub allows"),
         ("org/ggufs:model-q4_k_s.gguf", "has no file model-q4_k_s.gguf\n  did you mean model-q4_k_m.gguf"),
         ("org/pickled", "no safetensors weights with a config.json but pickled ones"),
     ],

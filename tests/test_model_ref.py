@@ -9,6 +9,7 @@ import pytest
 from ruvllm_core.errors import ModelError, ModelNotFound
 from ruvllm_core.model.hub import resolve, resolve_tokenizer_files
 from ruvllm_core.model.ref import ModelRef, choose_gguf
+from ruvllm_core.model.tokenizer import Tokenizer
 from ruvllm_core.settings import Settings
 
 
@@ -143,8 +144,8 @@ def test_local_files(tmp_path: Path, settings: Settings) -> None:
     assert resolve(blob, settings) == blob
     other = tmp_path / "model.safetensors"
     other.write_bytes(b"....")
-    with pytest.raises(ModelError, match=r"is no GGUF file\n.*the folder that holds config\.json"):
-        resolve(other, settings)
+    with pytest.raises(ModelError, match=r"a GGUF file starts with .*\n.*the folder that holds config\.json"):
+        Tokenizer.load(resolve(other, settings))
 
 
 def test_tokenizer_files_of_a_folder_need_no_weights(tmp_path: Path, settings: Settings) -> None:

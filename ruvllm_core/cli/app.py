@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,23 +24,25 @@ class App:
 
     Attributes:
         debug: show the traceback of an error.
+        config: the TOML file that settings are read from, if any.
+        flags: settings that were given as options, nested as in the file.
     """
 
     def __init__(self) -> None:
         self.debug = False
-        self._config: Path | None = None
-        self._flags: dict[str, Any] = {}
+        self.config: Path | None = None
+        self.flags: dict[str, Any] = {}
         self._settings: Settings | None = None
         self._registry: Registry | None = None
 
     def use_config(self, file: Path) -> None:
         """Take settings from a TOML `file`."""
-        if file != self._config:
-            self._config, self._settings, self._registry = file, None, None
+        if file != self.config:
+            self.config, self._settings, self._registry = file, None, None
 
     def set(self, path: str, value: Any) -> None:
         """Put `value` of the setting at a dotted `path` over the environment and the configuration file."""
-        level = self._flags
+        level = self.flags
         *parents, name = path.split(".")
         for parent in parents:
             level = level.setdefault(parent, {})
@@ -55,7 +56,7 @@ class App:
             from ruvllm_core.log import configure_logging
             from ruvllm_core.settings import load_settings
 
-            self._settings = load_settings(self._config, **self._flags)
+            self._settings = load_settings(self.config, **self.flags)
             configure_logging(self._settings.log_level)
         return self._settings
 
@@ -67,23 +68,6 @@ class App:
 
             self._registry = Registry.discover(self.settings)
         return self._registry
-
-    def sources(self) -> list[dict[str, Any]]:
-        """Every setting: name, value, and where it comes from (``flag``, ``environment``, the file, ``default``)."""
-        from ruvllm_core.settings import ENV_PREFIX
-
-        variables = [name.upper() for name in os.environ]
-        rows = []
-        for name, value in self.settings.model_dump(mode="json").items():
-            own = (ENV_PREFIX + name).upper()
-            if name in self._flags:
-                source = "flag"
-            elif any(variable == own or variable.startswith(own + "__") for variable in variables):
-                source = "environment"
-            else:
-                source = str(self._config) if name in self.settings.model_fields_set else "default"
-            rows.append({"name": name, "value": value, "source": source})
-        return rows
 
 
 pass_app = click.make_pass_decorator(App)
@@ -112,14 +96,10 @@ def global_options(command: _Command) -> _Command:
     """The options that every command takes, before and after its name."""
     # --config is eager, so that `--config FILE --help` lists the commands of the plugins that FILE allows.
     file: dict[str, Any] = {"metavar": "FILE", "type": click.Path(path_type=Path), "help": "Settings in a TOML file."}
-    options = (
-        click.option("--debug", is_flag=True, expose_value=False, callback=_use_debug, help="Show tracebacks."),
-        setting("log_level", "--log-level", type=click.Choice(LOG_LEVELS), help="What to log, to stderr."),
-        click.option("--config", is_eager=True, expose_value=False, callback=_use_config, **file),
-    )
-    for option in options:
-        command = option(command)
-    return command
+    debug = click.option("--debug", is_flag=True, expose_value=False, callback=_use_debug, help="Show tracebacks.")
+    level = setting("log_level", "--log-level", type=click.Choice(LOG_LEVELS), help="What to log, to stderr.")
+    config = click.option("--config", is_eager=True, expose_value=False, callback=_use_config, **file)
+    return config(level(debug(command)))
 
 
 def add_global_options(command: click.Command) -> click.Command:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -45,8 +45,9 @@ class CommandGroup(click.Group):
         except PluginError as error:
             if cmd_name in known or error.__cause__ is not None:
                 raise
+            absent = f"plugins not in use: {registry.not_in_use}\n" if registry.quarantined else ""
             everyday = "" if "run" in known else "run, chat, pull and others come with the package ruvllm-cli\n"
-            message = f"there is no command {cmd_name!r}\n{_absent(registry)}{everyday}{near(cmd_name, known)}"
+            message = f"there is no command {cmd_name!r}\n{absent}{everyday}{near(cmd_name, known)}"
             raise click.UsageError(message, ctx) from None
         if not isinstance(command, click.Command):
             target = registry.entry("commands", cmd_name).offer.target
@@ -80,21 +81,13 @@ class CommandGroup(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         from click.shell_completion import CompletionItem
 
-        names = [
-            CompletionItem(name, help=offer.summary)
-            for name, offer in _offers(ctx).items()
-            if name.startswith(incomplete)
-        ]
+        fitting = {name: offer for name, offer in _offers(ctx).items() if name.startswith(incomplete)}
+        names = [CompletionItem(name, help=offer.summary) for name, offer in fitting.items()]
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
 
 def _offers(ctx: click.Context) -> dict[str, Offer]:
     return {entry.name: entry.offer for entry in ctx.ensure_object(App).registry.entries("commands")}
-
-
-def _absent(registry: Any) -> str:
-    names = ", ".join(f"{plugin.plugin} ({plugin.reason})" for plugin in registry.quarantined)
-    return f"plugins not in use: {names}\n" if names else ""
 
 
 cli = CommandGroup(

@@ -1,10 +1,9 @@
-"""What commands print: JSON and tables to stdout, progress to stderr."""
+"""What commands print to stdout: JSON and tables."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -27,32 +26,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     terminal = Console(markup=False, highlight=False)
     wide = Console(markup=False, highlight=False, width=1000)
     (terminal if terminal.is_terminal else wide).print(table)
-
-
-@contextmanager
-def progress(description: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, if that is a terminal; gives the function that advances it by one."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    # rich would send to the bar's stderr what is printed to stdout meanwhile.
-    bar = Progress(
-        *columns,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=hidden or not console.is_terminal,
-        redirect_stdout=False,
-    )
-    with bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)

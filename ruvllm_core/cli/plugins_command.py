@@ -42,23 +42,27 @@ def selections(registry: Registry, settings: Settings) -> dict[str, dict[str, An
     return {kind: _select(registry, kind, names) for kind, names in wanted.items()}
 
 
-def _select(registry: Registry, kind: str, names: list[str] | str) -> dict[str, Any]:
-    auto = names == "auto"
-    lost = {entry.name: "not asked for" for entry in registry.entries(kind) if not auto and entry.name not in names}
+def _select(registry: Registry, kind: str, wanted: list[str] | str) -> dict[str, Any]:
+    entries = registry.entries(kind)
+    names = [entry.name for entry in entries] if wanted == "auto" else wanted
+    several = kind == "learning_loops"  # all that can run; everywhere else the first is taken
+    lost = {entry.name: "not asked for" for entry in entries if entry.name not in names}
     selected: list[str] = []
     error = None
     try:
-        if kind == "learning_loops":  # all that can run; everywhere else one is taken
-            reasons = {entry.name: entry.reason() for entry in registry.entries(kind) if entry.name not in lost}
-            lost |= {name: reason for name, reason in reasons.items() if reason}
-            selected = [name for name, reason in reasons.items() if not reason]
-            for name in () if auto else names:
-                registry.select(kind, [name])
-        else:
-            chosen = registry.select(kind, names)
-            selected, lost = [chosen.entry.name], {**dict(chosen.lost), **lost}
+        for name in names:
+            if selected and not several:
+                lost[name] = f"{selected[0]} comes first"
+            elif reason := registry.entry(kind, name).reason():
+                lost[name] = reason
+            else:
+                selected.append(name)
     except RuvLLMError as problem:
         error = str(problem)
+    unable = "; ".join(f"{name}: {lost[name]}" for name in names if name in lost)
+    failed = (unable and wanted != "auto") if several else not selected
+    if failed and error is None:
+        error = f"{kind}: nothing can run here ({unable or 'none is installed'})"
     return {"selected": selected, "lost": [{"name": n, "reason": r} for n, r in lost.items()], "error": error}
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ruvllm_core.errors import ModelError, near
 from ruvllm_core.model.spec import Activation, RopeKind, RopeScaling
 from ruvllm_core.protocols import TensorLookup
+
+T = TypeVar("T")
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -24,15 +26,9 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_HF_ROPE_KINDS: dict[str, RopeKind] = {
-    "default": "none",
-    "linear": "linear",
-    "llama3": "llama3",
-    "yarn": "yarn",
-    "longrope": "longrope",
-    "su": "longrope",
-}
-_GGUF_ROPE_KINDS: dict[str, RopeKind] = {"none": "none", "linear": "linear", "yarn": "yarn", "longrope": "longrope"}
+_SCALINGS: dict[str, RopeKind] = {"linear": "linear", "yarn": "yarn", "longrope": "longrope"}
+_HF_ROPE_KINDS: dict[str, RopeKind] = {**_SCALINGS, "default": "none", "llama3": "llama3", "su": "longrope"}
+_GGUF_ROPE_KINDS: dict[str, RopeKind] = {**_SCALINGS, "none": "none"}
 
 
 class Fields:
@@ -60,11 +56,21 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._get(name, "a finite number", _is_number, default))
 
+    def maybe_number(self, name: str) -> float | None:
+        return None if self.raw(name) is None else self.number(name)
+
     def flag(self, name: str, default: bool) -> bool:
         return bool(self._get(name, "true or false", lambda value: isinstance(value, bool), default))
 
     def text(self, name: str, default: str | None = None) -> str:
         return str(self._get(name, "a string", lambda value: isinstance(value, str), default))
+
+    def choice(self, name: str, default: str, choices: Mapping[str, T]) -> T:
+        """What `choices` has for the string found. Raises `ModelError` also for one that it does not have."""
+        value = self.text(name, default)
+        if value not in choices:
+            raise ModelError(f"the {self._label}{name} {value!r} is not supported", hint=near(value, choices))
+        return choices[value]
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self._get(name, "a list of numbers", lambda v: isinstance(v, list) and all(map(_is_number, v)), None)
@@ -91,9 +97,6 @@ def hf_common(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, norm, activation, embeddings and rotary positions of a parsed ``config.json``, as `ModelSpec` fields."""
     fields = Fields(config)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    activation = fields.text("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise ModelError(f"hidden_act: activation {activation!r} is not supported", hint=near(activation, _ACTIVATIONS))
     head_dim = fields.integer("head_dim", hidden // max(heads, 1))
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -105,7 +108,7 @@ def hf_common(config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": head_dim,
         "norm_eps": fields.number("rms_norm_eps"),
         "max_context": fields.integer("max_position_embeddings"),
-        "activation": _ACTIVATIONS[activation],
+        "activation": fields.choice("hidden_act", "silu", _ACTIVATIONS),
         "tied_embeddings": fields.flag("tie_word_embeddings", False),
         **_hf_rope(fields, head_dim),
     }
@@ -119,33 +122,27 @@ def _hf_rope(config: Fields, head_dim: int) -> dict[str, Any]:
     if not 0.0 < rotated <= 1.0:
         raise ModelError(f"partial_rotary_factor is {rotated}, but must be above 0 and at most 1")
     max_context = config.integer("max_position_embeddings")
-    name = rope.text("rope_type", rope.text("type", "default"))
-    if name not in _HF_ROPE_KINDS:
-        raise ModelError(f"rope type {name!r} is not supported", hint=near(name, _HF_ROPE_KINDS))
-    kind = _HF_ROPE_KINDS[name]
-    original = config.integer(
-        "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_context)
-    )
-    values: dict[str, Any] = {"kind": kind, "original_context": original}
-    if kind in ("linear", "llama3"):
-        values["factor"] = rope.number("factor")
+    kind = rope.choice("rope_type", rope.text("type", "default"), _HF_ROPE_KINDS)
+    trained = "original_max_position_embeddings"
+    original = config.integer(trained, rope.integer(trained, max_context))
+    longer = max_context / max(original, 1)
+    numbers: dict[RopeKind, dict[str, float | None]] = {  # the numbers of each kind; None has no default
+        "none": {},
+        "linear": {"factor": None},
+        "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None},
+        "yarn": {"factor": longer, "beta_fast": 32.0, "beta_slow": 1.0},
+        "longrope": {"factor": longer},
+    }
+    values: dict[str, Any] = {name: rope.number(name, default) for name, default in numbers[kind].items()}
     if kind in ("yarn", "longrope"):
-        values["factor"] = rope.number("factor", max_context / max(original, 1))
-        if rope.raw("attention_factor") is not None:
-            values["attention_factor"] = rope.number("attention_factor")
-    if kind == "llama3":
-        values["low_freq_factor"] = rope.number("low_freq_factor")
-        values["high_freq_factor"] = rope.number("high_freq_factor")
-    if kind == "yarn":
-        values["beta_fast"] = rope.number("beta_fast", 32.0)
-        values["beta_slow"] = rope.number("beta_slow", 1.0)
-        for unsupported in ("mscale", "mscale_all_dim", "truncate"):
-            if rope.raw(unsupported) is not None:
-                raise ModelError(f"the yarn field '{unsupported}' in the rope scaling is not supported")
+        values["attention_factor"] = rope.maybe_number("attention_factor")
     if kind == "longrope":
-        values["short_factors"] = rope.numbers("short_factor")
-        values["long_factors"] = rope.numbers("long_factor")
-    return {"rope_theta": theta, "rope_dim": int(head_dim * rotated), "rope_scaling": RopeScaling(**values)}
+        values |= {"short_factors": rope.numbers("short_factor"), "long_factors": rope.numbers("long_factor")}
+    for unsupported in ("mscale", "mscale_all_dim", "truncate"):
+        if kind == "yarn" and rope.raw(unsupported) is not None:
+            raise ModelError(f"the yarn field '{unsupported}' in the rope scaling is not supported")
+    scaling = RopeScaling(kind, original_context=original, **values)
+    return {"rope_theta": theta, "rope_dim": int(head_dim * rotated), "rope_scaling": scaling}
 
 
 def gguf_common(metadata: Mapping[str, Any], tensor: TensorLookup) -> dict[str, Any]:
@@ -163,13 +160,12 @@ def gguf_common(metadata: Mapping[str, Any], tensor: TensorLookup) -> dict[str, 
     head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise ModelError("heads whose keys and values differ in width are not supported (attention.value_length)")
-    num_layers = fields.integer("block_count")
     window = fields.integer("attention.sliding_window", 0)  # 0 is how converters say that there is none
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": fields.integer("feed_forward_length"),
-        "num_layers": num_layers,
+        "num_layers": fields.integer("block_count"),
         "num_heads": heads,
         "num_kv_heads": fields.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -195,11 +191,9 @@ def _sliding_pattern(fields: Fields) -> tuple[bool, ...]:
 
 def _gguf_rope(fields: Fields, tensor: TensorLookup) -> RopeScaling:
     short, long = _factors(tensor, "rope_factors_short.weight"), _factors(tensor, "rope_factors_long.weight")
-    name = fields.text("rope.scaling.type", "none")
-    if name not in _GGUF_ROPE_KINDS:
-        raise ModelError(f"rope.scaling.type {name!r} is not supported", hint=near(name, _GGUF_ROPE_KINDS))
-    # Older converters write the factors of longrope without naming it.
-    kind = "longrope" if long else _GGUF_ROPE_KINDS[name]
+    kind = fields.choice("rope.scaling.type", "none", _GGUF_ROPE_KINDS)
+    if long:  # older converters write the factors of longrope without naming it
+        kind = "longrope"
     if kind == "longrope" and not (short and long):
         raise ModelError("longrope needs the tensors 'rope_factors_short.weight' and 'rope_factors_long.weight'")
     if fields.number("rope.scaling.yarn_log_multiplier", 0.0) or fields.number("attention.temperature_scale", 0.0):
@@ -207,13 +201,10 @@ def _gguf_rope(fields: Fields, tensor: TensorLookup) -> RopeScaling:
     context = fields.integer("context_length")
     original = fields.integer("rope.scaling.original_context_length", context)
     factor = context / max(original, 1) if kind == "longrope" else fields.number("rope.scaling.factor", 1.0)
-    attention: float | None = None
-    if fields.raw("rope.scaling.yarn_attn_factor") is not None:
-        attention = fields.number("rope.scaling.yarn_attn_factor")
-    elif fields.raw("rope.scaling.attn_factor") is not None:
+    attention = fields.maybe_number("rope.scaling.yarn_attn_factor")
+    if attention is None and (multiplier := fields.maybe_number("rope.scaling.attn_factor")) is not None:
         # For yarn this multiplies the factor of its own rule; elsewhere it is the whole factor.
-        rule = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1.0 else 1.0
-        attention = fields.number("rope.scaling.attn_factor") * rule
+        attention = multiplier * (0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1.0 else 1.0)
     frequencies = _factors(tensor, "rope_freqs.weight")
     if frequencies and kind != "none":
         raise ModelError(f"the tensor 'rope_freqs.weight' together with {kind} rope scaling is not supported")

@@ -8,7 +8,6 @@ Source: the block layouts of the GGML library (``block_q4_0`` … ``block_q6_K``
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.errors import QuantizationError
+from ruvllm_core.machine import usable_cpus
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 
 Blocks = npt.NDArray[np.uint8]  # [n, block_bytes]
@@ -44,29 +44,23 @@ def dequantize(
         raise QuantizationError(f"out must be C-contiguous float32 {tensor.shape}, got {out.dtype} {out.shape}")
     scheme = SCHEMES[tensor.scheme]
     decode = _DECODERS[tensor.scheme]
-    data = np.ascontiguousarray(tensor.data)
-    if scheme.block_size == 1:  # cheaper per call on long runs than on blocks of one
-        blocks, values = data.reshape(1, -1), out.reshape(1, -1)
-        step, width = _CHUNK_VALUES, scheme.block_bytes
+    blocks = np.ascontiguousarray(tensor.data).reshape(-1, scheme.block_bytes)
+    values = out.reshape(-1, scheme.block_size)
+    step = _CHUNK_VALUES // scheme.block_size
 
-        def run(start: int) -> None:
-            decode(blocks[:, start * width : (start + step) * width], values[:, start : start + step])
+    def run(starts: range) -> None:
+        # Damaged scales may overflow or be NaN; the format defines the result, so no warnings.
+        with np.errstate(all="ignore"):
+            for start in starts:
+                decode(blocks[start : start + step], values[start : start + step])
 
-        starts = range(0, values.shape[1], step)
-    else:
-        blocks, values = data.reshape(-1, scheme.block_bytes), out.reshape(-1, scheme.block_size)
-        step = _CHUNK_VALUES // scheme.block_size
-
-        def run(start: int) -> None:
-            decode(blocks[start : start + step], values[start : start + step])
-
-        starts = range(0, len(blocks), step)
-    workers = min(threads or _usable_cores(), len(starts)) if out.size >= _THREAD_VALUES else 1
+    starts = range(0, len(blocks), step)
+    workers = min(threads or usable_cpus(), len(starts)) if out.size >= _THREAD_VALUES else 1
     if workers == 1:
-        _run_all(run, starts)
+        run(starts)
     else:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda w: _run_all(run, starts[w::workers]), range(workers)))
+            list(pool.map(lambda worker: run(starts[worker::workers]), range(workers)))
     return out
 
 
@@ -78,22 +72,10 @@ def count_non_finite(tensor: QuantTensor) -> int:
     data = np.ascontiguousarray(tensor.data)
     if tensor.scheme == "f32":
         return int(np.count_nonzero(~np.isfinite(data.reshape(-1).view(np.float32))))
-    if tensor.scheme == "bf16":
-        return int(np.count_nonzero((data.reshape(-1).view(np.uint16) & 0x7F80) == 0x7F80))
-    start, stop = _SCALE_BYTES.get(tensor.scheme, (0, 2))
-    halves = data.view(np.uint16).reshape(-1, SCHEMES[tensor.scheme].block_bytes // 2)[:, start // 2 : stop // 2]
-    return int(np.count_nonzero((halves & 0x7C00) == 0x7C00))
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run_all(run: Callable[[int], None], starts: range) -> None:
-    # Damaged scales may overflow or be NaN; the format defines the result, so no warnings.
-    with np.errstate(all="ignore"):
-        for start in starts:
-            run(start)
+    exponent = 0x7F80 if tensor.scheme == "bf16" else 0x7C00
+    halves = data.view(np.uint16).reshape(-1, SCHEMES[tensor.scheme].block_bytes // 2)
+    scales = halves[:, _SCALE_HALVES.get(tensor.scheme, slice(1))]
+    return int(np.count_nonzero((scales & exponent) == exponent))
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
@@ -128,12 +110,28 @@ def _scale(out: Floats, scales: Floats) -> npt.NDArray[Any]:
     return groups
 
 
-def unpack_scale_min(packed: Blocks) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """The eight 6-bit scales and eight 6-bit minima that q4_k and q5_k pack into twelve bytes, each ``[n, 8]``."""
-    first, second, third = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+def _shift(out: Floats, blocks: Blocks) -> None:
+    """Multiply 32-value blocks in place by their first f16 number, then add their second."""
+    scale_min = _half(blocks, 0, 2)
+    np.multiply(out, scale_min[:, :1], out=out)
+    np.add(out, scale_min[:, 1:], out=out)
+
+
+def _scale_less_min(out: Floats, super_scales: Floats, scales: npt.NDArray[Any], minima: npt.NDArray[Any]) -> None:
+    """Multiply the groups of 256-value blocks in place by their `scales`, then subtract their `minima`.
+
+    Both are integers ``[n, groups]`` in units of the two `super_scales`, ``[n, 2]``.
+    """
+    groups = _scale(out, super_scales[:, :1] * scales.astype(np.float32))
+    np.subtract(groups, (super_scales[:, 1:] * minima.astype(np.float32))[:, :, None], out=groups)
+
+
+def _scale_less_packed_min(out: Floats, blocks: Blocks) -> None:
+    """The same for q4_k and q5_k, which pack eight 6-bit scales and eight 6-bit minima into twelve bytes."""
+    first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 0x3F, (third & 0x0F) | ((first >> 2) & 0x30)], axis=1)
     minima = np.concatenate([second & 0x3F, (third >> 4) | ((second >> 2) & 0x30)], axis=1)
-    return scales, minima
+    _scale_less_min(out, _half(blocks, 0, 2), scales, minima)
 
 
 _SHIFTS_2 = np.array([0, 2, 4, 6], dtype=np.uint8)
@@ -144,15 +142,15 @@ _SHIFTS_1 = np.arange(8, dtype=np.uint8)
 
 
 def _f32(blocks: Blocks, out: Floats) -> None:
-    out[...] = blocks.view("<f4")
+    out.reshape(-1)[:] = blocks.reshape(-1).view("<f4")  # numpy is slow on rows of one value
 
 
 def _f16(blocks: Blocks, out: Floats) -> None:
-    out[...] = blocks.view("<f2")
+    out.reshape(-1)[:] = blocks.reshape(-1).view("<f2")
 
 
 def _bf16(blocks: Blocks, out: Floats) -> None:
-    np.left_shift(blocks.view("<u2"), 16, out=out.view(np.uint32), dtype=np.uint32)
+    np.left_shift(blocks.reshape(-1).view("<u2"), 16, out=out.reshape(-1).view(np.uint32), dtype=np.uint32)
 
 
 def _q4_0(blocks: Blocks, out: Floats) -> None:
@@ -162,9 +160,7 @@ def _q4_0(blocks: Blocks, out: Floats) -> None:
 
 def _q4_1(blocks: Blocks, out: Floats) -> None:
     out[...] = _nibbles(blocks[:, 4:], 16)
-    scale_min = _half(blocks, 0, 2)
-    np.multiply(out, scale_min[:, :1], out=out)
-    np.add(out, scale_min[:, 1:], out=out)
+    _shift(out, blocks)
 
 
 def _five_bits(blocks: Blocks, start: int) -> npt.NDArray[np.uint8]:
@@ -180,9 +176,7 @@ def _q5_0(blocks: Blocks, out: Floats) -> None:
 
 def _q5_1(blocks: Blocks, out: Floats) -> None:
     out[...] = _five_bits(blocks, 4)
-    scale_min = _half(blocks, 0, 2)
-    np.multiply(out, scale_min[:, :1], out=out)
-    np.add(out, scale_min[:, 1:], out=out)
+    _shift(out, blocks)
 
 
 def _q8_0(blocks: Blocks, out: Floats) -> None:
@@ -194,11 +188,8 @@ def _q2_k(blocks: Blocks, out: Floats) -> None:
     n = len(blocks)
     packed = blocks[:, 16:80].reshape(2 * n, 32)  # two halves of 128 values
     out[...] = _bit_planes(packed, _SHIFTS_2, 3).reshape(n, 256)
-    super_scales = _half(blocks, 80, 2)
     nibbles = blocks[:, :16]
-    groups = _scale(out, super_scales[:, :1] * (nibbles & 0x0F).astype(np.float32))
-    minima = super_scales[:, 1:] * (nibbles >> 4).astype(np.float32)
-    np.subtract(groups, minima[:, :, None], out=groups)
+    _scale_less_min(out, _half(blocks, 80, 2), nibbles & 0x0F, nibbles >> 4)
 
 
 def _q3_k(blocks: Blocks, out: Floats) -> None:
@@ -211,25 +202,15 @@ def _q3_k(blocks: Blocks, out: Floats) -> None:
     _scale(out, _half(blocks, 108) * (scales.view(np.int8) - np.int8(32)).astype(np.float32))
 
 
-def _scales_and_minima(blocks: Blocks) -> tuple[Floats, Floats]:
-    scales, minima = unpack_scale_min(blocks[:, 4:16])
-    super_scales = _half(blocks, 0, 2)
-    return super_scales[:, :1] * scales.astype(np.float32), super_scales[:, 1:] * minima.astype(np.float32)
-
-
 def _q4_k(blocks: Blocks, out: Floats) -> None:
     out[...] = _nibbles(blocks[:, 16:], 32)
-    scales, minima = _scales_and_minima(blocks)
-    groups = _scale(out, scales)
-    np.subtract(groups, minima[:, :, None], out=groups)
+    _scale_less_packed_min(out, blocks)
 
 
 def _q5_k(blocks: Blocks, out: Floats) -> None:
     high = _bit_planes(blocks[:, 16:48], _SHIFTS_1, 1).reshape(len(blocks), 256)
     out[...] = _nibbles(blocks[:, 48:], 32) | (high << np.uint8(4))
-    scales, minima = _scales_and_minima(blocks)
-    groups = _scale(out, scales)
-    np.subtract(groups, minima[:, :, None], out=groups)
+    _scale_less_packed_min(out, blocks)
 
 
 def _q6_k(blocks: Blocks, out: Floats) -> None:
@@ -255,8 +236,10 @@ _DECODERS: dict[str, Callable[[Blocks, Floats], None]] = {
     "q5_k": _q5_k,
     "q6_k": _q6_k,
 }
-# Bytes of a block that hold f16 scales; where absent, the first two.
-_SCALE_BYTES = {"q4_1": (0, 4), "q5_1": (0, 4), "q4_k": (0, 4), "q5_k": (0, 4), "q2_k": (80, 84)} | {
-    "q3_k": (108, 110),
-    "q6_k": (208, 210),
+# The 16-bit words of a block that are f16 scales; where absent, the first.
+_SCALE_HALVES = {
+    **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), slice(2)),
+    "q2_k": slice(40, 42),
+    "q3_k": slice(54, 55),
+    "q6_k": slice(104, 105),
 }

@@ -9,16 +9,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ruvllm_core.errors import ModelError, ModelNotFound, RuvLLMError
+from ruvllm_core.errors import ModelError, ModelNotFound
 from ruvllm_core.log import get_logger
 from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir, snapshot_folder
-from ruvllm_core.model.ref import ModelRef, choose_gguf
+from ruvllm_core.model.ref import PICKLES, ModelRef, choose_gguf
 from ruvllm_core.settings import Settings
 
 log = get_logger("download")
 #: huggingface_hub goes on by itself after some failures, not after all (a reset connection is one).
 _ATTEMPTS = 3
+_MORE_SPACE = "delete models with ruvllm rm, or name another place with RUVLLM_CACHE_DIR"
 _TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,10 +40,11 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
     Files that are here already are not downloaded again. Until all are here, the revision's name stays with the commit
     it had. A failure leaves whole files only, or nothing. Raises `ModelNotFound` or `ModelError`.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, utils
 
+    bars: Any = utils  # it does not say that it exports their switches
     assert model.repo is not None
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    endpoint, folder = os.environ.get("HF_ENDPOINT") or None, hub_dir(settings)
     with _explained(model, settings):
         info = HfApi(endpoint=endpoint).model_info(model.repo, revision=model.revision, files_metadata=True)
     offered = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -55,23 +58,26 @@ def download_model(model: ModelRef, settings: Settings, *, progress: bool = True
         if not (snapshot / name).is_file() and not (repo / "blobs" / str(blob)).is_file():
             needed += offered[name].size or 0
     _check_space(needed, model, settings)
+    silence = not progress and not bars.are_progress_bars_disabled()
     try:
-        with _explained(model, settings), _bars(progress):
+        if silence:
+            bars.disable_progress_bars()
+        with _explained(model, settings):
             # One after the other in this thread: huggingface_hub's parallel downloads do not stop at Ctrl-C. The last
             # step has nothing left to download and lets the revision name the commit.
             for name, revision in [*((name, commit) for name in files), (files[0], model.revision)]:
-                for attempt in range(_ATTEMPTS):
+                for attempt in range(1, _ATTEMPTS + 1):
                     try:
-                        hf_hub_download(
-                            model.repo, name, revision=revision, cache_dir=hub_dir(settings), endpoint=endpoint
-                        )
+                        hf_hub_download(model.repo, name, revision=revision, cache_dir=folder, endpoint=endpoint)
                         break
                     except Exception as error:
-                        if attempt == _ATTEMPTS - 1 or not _is_network(error):
+                        if attempt == _ATTEMPTS or not _is_network(error):
                             raise
-                        log.warning("connection lost, trying again", file=name, error=_brief(error))
+                        log.warning("connection lost, trying again", file=name, error=str(error))
                         time.sleep(1)
     finally:
+        if silence:
+            bars.enable_progress_bars()
         if not any(path.is_file() for part in ("blobs", "snapshots") for path in (repo / part).rglob("*")):
             shutil.rmtree(repo, ignore_errors=True)
     if snapshot_folder(model, settings) != snapshot:
@@ -97,46 +103,18 @@ def _wanted(
     gguf = choose_gguf(names, model.file, settings.quantization, model.text)
     if gguf is not None:
         return [gguf], gguf
-    pickled = " but pickled ones, which can run code when they are read" if any(_pickle(n) for n in names) else ""
-    raise ModelError(
-        f"{model.text} has no GGUF file and no safetensors weights with a config.json{pickled}",
-        hint="it has: " + ", ".join(names[:8]) if names else "it is empty",
-    )
-
-
-def _pickle(name: str) -> bool:
-    return name.endswith((".bin", ".pt", ".pth"))
+    lacks = f"{model.text} has no GGUF file and no safetensors weights with a config.json"
+    if any(name.endswith(PICKLES) for name in names):
+        lacks += " but pickled ones, which can run code when they are read"
+    raise ModelError(lacks, hint="it has: " + ", ".join(names[:8]) if names else "it is empty")
 
 
 def _check_space(needed: int, model: ModelRef, settings: Settings) -> None:
-    folder = settings.cache_dir
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    cache = settings.cache_dir
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if needed > free:
-        raise ModelError(
-            f"no space for {model.text}: it needs {needed / 1e6:,.0f} MB, and {settings.cache_dir} has "
-            f"{free / 1e6:,.0f} MB free; nothing was downloaded",
-            hint="delete models with ruvllm rm, or name another place with RUVLLM_CACHE_DIR",
-        )
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+        there = f"{cache} has {free / 1e6:,.0f} MB free; nothing was downloaded"
+        raise ModelError(f"no space for {model.text}: it needs {needed / 1e6:,.0f} MB, and {there}", hint=_MORE_SPACE)
 
 
 @contextmanager
@@ -145,40 +123,38 @@ def _explained(model: ModelRef, settings: Settings) -> Iterator[None]:
     from huggingface_hub import errors as hf
 
     assert model.repo is not None
+    name, repo = model.text, model.repo
     login = "log in with `hf auth login`, or put a token into HF_TOKEN"
+    ask, check = f"ask for access at https://huggingface.co/{repo}, then {login}", f"check the name; else {login}"
+    answers: dict[type[Exception], tuple[str, str | None]] = {
+        hf.GatedRepoError: (f"{repo} is gated: its owner grants access by account", ask),
+        hf.RevisionNotFoundError: (f"{repo} has no revision {model.revision}", None),
+        hf.RepositoryNotFoundError: (f"there is no repository {repo} on the hub, or it is private", check),
+        hf.HFValidationError: (f"{name} is no hub id that the hub allows", None),
+    }
     try:
         yield
-    except RuvLLMError:
-        raise
-    except hf.GatedRepoError:
-        raise ModelNotFound(
-            f"{model.repo} is gated: its owner grants access by account",
-            hint=f"ask for access at https://huggingface.co/{model.repo}, then {login}",
-        ) from None
-    except hf.RevisionNotFoundError:
-        raise ModelNotFound(f"{model.repo} has no revision {model.revision}") from None
-    except hf.RepositoryNotFoundError:
-        raise ModelNotFound(
-            f"there is no repository {model.repo} on the hub, or it is private", hint=f"check the name; else {login}"
-        ) from None
-    except hf.HFValidationError as error:
-        raise ModelNotFound(f"{model.text} is no hub id: {error}") from None
     except Exception as error:
-        if _disk_full(error):
-            _drop_partial(repo_dir(model.repo, settings))
+        for kind, (message, hint) in answers.items():
+            if isinstance(error, kind):
+                raise ModelNotFound(message, hint=hint) from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            for partial in (repo_dir(repo, settings) / "blobs").glob("*.incomplete"):
+                partial.unlink(missing_ok=True)
+            kept = "files that were whole are kept, the partial one is deleted"
             raise ModelError(
-                f"the disk is full: {model.text} could not be stored in {hub_dir(settings)}; files that were whole "
-                "are kept, the partial one is deleted",
-                hint="delete models with ruvllm rm, or name another place with RUVLLM_CACHE_DIR",
+                f"the disk is full: {name} could not be stored in {hub_dir(settings)}; {kept}", hint=_MORE_SPACE
             ) from None
         if _is_network(error):
-            raise not_here(model, settings, f"the hub cannot be reached ({_brief(error)})") from error
-        status = getattr(getattr(error, "response", None), "status_code", None)
+            raise not_here(model, settings, f"the hub cannot be reached ({why})") from error
         if isinstance(error, hf.HfHubHTTPError):
+            status = getattr(getattr(error, "response", None), "status_code", None)
             hint = login if status in (401, 403) else "try again later"
-            raise ModelNotFound(f"the hub answered {status} for {model.text}: {_brief(error)}", hint=hint) from error
+            raise ModelNotFound(f"the hub answered {status} for {name}: {why}", hint=hint) from error
         if isinstance(error, OSError):
-            raise ModelError(f"cannot download {model.text}: {_brief(error)}", hint="try again") from error
+            raise ModelError(f"cannot download {name}: {why}", hint="try again") from error
         raise
 
 
@@ -192,17 +168,3 @@ def _is_network(error: BaseException) -> bool:
     return not isinstance(error, hf.HfHubHTTPError) and not libraries.isdisjoint(
         ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
     )
-
-
-def _disk_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
-
-
-def _drop_partial(repo: Path) -> None:
-    for partial in (repo / "blobs").glob("*.incomplete"):
-        partial.unlink(missing_ok=True)
-
-
-def _brief(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

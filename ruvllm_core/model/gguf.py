@@ -8,29 +8,17 @@ Source: the GGUF specification (docs/gguf.md of the GGML project).
 
 from __future__ import annotations
 
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
-from ruvllm_core.model.dequant import count_non_finite
-from ruvllm_core.model.gguf_parser import (
-    DAMAGED,
-    DEFAULT_ALIGNMENT,
-    MAX_DIMS,
-    MAX_KEY,
-    MAX_NAME,
-    Parser,
-    ValueType,
-)
+from ruvllm_core.model.gguf_parser import DEFAULT_ALIGNMENT, MAX_DIMS, MAX_KEY, MAX_NAME, Parser, ValueType
+from ruvllm_core.model.mapping import map_file
 from ruvllm_core.model.quant import SCHEME_OF_GGML_TYPE, SCHEMES, QuantTensor
-
-T = TypeVar("T")
-D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An open GGUF file; make one with `GGUFFile.open`. Also a context manager.
+    """An open GGUF file; make one with `GGUFFile.open`. The last tensor to die unmaps it.
 
     Attributes:
         path: the file.
@@ -83,7 +71,10 @@ class GGUFFile:
                 parser.fail("the key occurs twice")
             value_type = parser.value_type()
             self.metadata[key], self.types[key] = parser.value(value_type)
-        self.alignment = self._read_alignment(parser)
+        parser.where = "metadata 'general.alignment'"
+        self.alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(self.alignment) is not int or self.alignment < 8 or self.alignment & (self.alignment - 1):
+            parser.fail(f"{self.alignment!r} is not a power of two of at least 8")
         self.tensors = _read_tensor_infos(parser, tensor_count, self.alignment)
 
     @classmethod
@@ -95,87 +86,18 @@ class GGUFFile:
             FormatError: the file breaks the rules of GGUF, or is not GGUF at all.
             ModelError: the operating system refuses to read it.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise ModelNotFound(f"{path} is a folder, not a GGUF file", hint="name the .gguf file inside it")
-        try:
-            with path.open("rb") as file:
-                if file.seek(0, 2) == 0:
-                    raise FormatError(f"{path} is empty", hint=DAMAGED)
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise ModelNotFound(f"no such file: {path}", hint="check the path for typing errors") from None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read {path}: {error}", hint="check that it is a readable file") from error
-        return cls(path, mapping)
+        return cls(Path(path), map_file(Path(path)))
 
     def tensor(self, name: str) -> QuantTensor:
-        """The tensor called `name` as a read-only view of the mapping; nothing is read yet.
-
-        Raises:
-            FormatError: there is no such tensor.
-        """
-        info = self.tensors.get(name)
-        if info is None:
-            raise FormatError(
-                f"{self.path} has no tensor '{name}'",
-                hint="the file is of another model family, or was made by a converter that this version does not know",
-            )
+        """The tensor called `name`, which must be there, as a read-only view of the mapping; nothing is read yet."""
+        info = self.tensors[name]
         row_bytes = SCHEMES[info.scheme].row_bytes(info.shape[-1])
         data = self._bytes[info.offset : info.offset + info.nbytes].reshape(-1, row_bytes)
         return QuantTensor(info.scheme, info.shape, data)
 
-    def check_scales(self, name: str) -> None:
-        """Raise `FormatError` if block scales (or, in float tensors, values) of tensor `name` are NaN or infinite.
-
-        Reads only the scales, so it is far cheaper than dequantizing.
-        """
-        if bad := count_non_finite(self.tensor(name)):
-            info = self.tensors[name]
-            what = "values" if SCHEMES[info.scheme].block_size == 1 else "block scales"
-            raise FormatError(f"{self.path}: tensor '{name}' ({info.scheme}) has {bad} {what} NaN or inf", hint=DAMAGED)
-
-    def require(self, key: str, kind: type[T]) -> T:
-        """The metadata value of `key`, which must exist and be a `kind`: int, float (an int will do), str, bool, list,
-        or ``np.ndarray``.
-
-        Raises:
-            FormatError: the key is missing or its value is of another type; says which was expected and found.
-        """
-        if key not in self.metadata:
-            raise FormatError(
-                f"{self.path} lacks the metadata key '{key}' ({kind.__name__})",
-                hint="the file is of another model family, or was made by an old converter: convert the model again",
-            )
-        value = self.metadata[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            found = " of ".join(t.name.lower() for t in self.types[key])
-            raise FormatError(f"{self.path}: metadata '{key}' should be {kind.__name__}, found {found}", hint=DAMAGED)
-        return value
-
-    def get(self, key: str, kind: type[T], default: D) -> T | D:
-        """Like `require`, but `default` when the key is missing. A value of the wrong type is still an error."""
-        return self.require(key, kind) if key in self.metadata else default
-
-    def close(self) -> None:
-        """Let go of the mapping. Safe while tensors are in use: the last view to die unmaps the file."""
-        self._bytes = np.empty(0, dtype=np.uint8)
-        self.tensors = {}
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def _read_alignment(self, parser: Parser) -> int:
-        parser.where = "metadata 'general.alignment'"
-        alignment = self.get("general.alignment", int, DEFAULT_ALIGNMENT)
-        if alignment < 8 or alignment & (alignment - 1):
-            parser.fail(f"{alignment} is not a power of two of at least 8")
-        return alignment
+    def find(self, name: str) -> QuantTensor | None:
+        """The tensor called `name`, or None if there is none."""
+        return self.tensor(name) if name in self.tensors else None
 
 
 def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, TensorInfo]:
@@ -195,9 +117,7 @@ def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, 
             parser.fail(f"GGML type {number} is not supported", f"use a file quantized with one of {known}")
         if 0 in shape or shape[-1] % scheme.block_size:
             parser.fail(f"shape {shape} does not suit {scheme.name}: rows must fill blocks of {scheme.block_size}")
-        nbytes = shape[-1] // scheme.block_size * scheme.block_bytes
-        for size in shape[:-1]:
-            nbytes *= size  # Python integers do not overflow; the bound is checked below
+        nbytes = math.prod(shape) // scheme.block_size * scheme.block_bytes  # checked against the file below
         offset = parser.u64()
         if offset % alignment:
             parser.fail(f"offset {offset} is not a multiple of the alignment {alignment}")

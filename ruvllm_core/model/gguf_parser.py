@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.errors import FormatError
+from ruvllm_core.model.mapping import DAMAGED
 
 MAGIC = b"GGUF"
-DAMAGED = "the file is damaged or incomplete: download it again, or convert the model again"
 DEFAULT_ALIGNMENT = 32
 MAX_NAME = 64  # bytes of a tensor name, from the specification
 MAX_KEY = 65535  # bytes of a metadata key, from the specification
@@ -32,19 +32,9 @@ class ValueType(IntEnum):
     U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 
 
-# numpy's code for every fixed-size value type
-FIXED_DTYPES: dict[ValueType, np.dtype[Any]] = {
-    ValueType.U8: np.dtype("u1"),
-    ValueType.I8: np.dtype("i1"),
-    ValueType.U16: np.dtype("<u2"),
-    ValueType.I16: np.dtype("<i2"),
-    ValueType.U32: np.dtype("<u4"),
-    ValueType.I32: np.dtype("<i4"),
-    ValueType.F32: np.dtype("<f4"),
-    ValueType.BOOL: np.dtype("?"),
-    ValueType.U64: np.dtype("<u8"),
-    ValueType.I64: np.dtype("<i8"),
-    ValueType.F64: np.dtype("<f8"),
+# Every fixed-size value type in numpy's terms, which say bytes where GGUF says bits.
+FIXED_DTYPES: dict[ValueType, np.dtype[Any]] = {ValueType.BOOL: np.dtype("?")} | {
+    kind: np.dtype(f"<{kind.name[0].lower()}{int(kind.name[1:]) // 8}") for kind in ValueType if kind.name[1:].isdigit()
 }
 
 
@@ -79,7 +69,8 @@ class Parser:
         """Version, number of tensors, number of metadata entries."""
         magic = self.buffer[:4]
         if magic != MAGIC:
-            self.fail(f"a GGUF file starts with {MAGIC!r}, this one with {magic!r}", "is this really a GGUF file?")
+            hint = "give a .gguf file, or the folder that holds config.json and *.safetensors"
+            self.fail(f"a GGUF file starts with {MAGIC!r}, this one with {magic!r}", hint)
         self.take(4)
         version = self.u32()
         if version and not version & 0xFFFF:

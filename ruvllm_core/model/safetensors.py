@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
+from ruvllm_core.model.mapping import DAMAGED, map_file
 from ruvllm_core.model.quant import QuantTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
-DAMAGED = "the file is damaged or incomplete: download it again"
 
 _SCHEME_OF_DTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _BYTES_OF_DTYPE = {
@@ -56,28 +55,16 @@ class SafetensorsFile(Mapping[str, QuantTensor]):
     def __init__(self, path: Path) -> None:
         """Map and parse `path`. Raises `ModelNotFound`, `FormatError`, or `ModelError` if it cannot be read."""
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self.nbytes = file.seek(0, 2)
-                if self.nbytes == 0:
-                    raise FormatError(f"{path} is empty", hint=DAMAGED)
-                self._bytes: npt.NDArray[np.uint8] = np.frombuffer(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
-                )
-        except FileNotFoundError:
-            raise ModelNotFound(f"no such file: {path}", hint="check the path for typing errors") from None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read {path}: {error}", hint="check that it is a readable file") from error
+        self._bytes = np.frombuffer(map_file(path), dtype=np.uint8)
+        self.nbytes = self._bytes.nbytes
         self.entries = _read_header(path, self._bytes)
 
     def __getitem__(self, name: str) -> QuantTensor:
         entry = self.entries[name]
         scheme = _SCHEME_OF_DTYPE.get(entry.dtype)
         if scheme is None:
-            raise FormatError(
-                f"{self.path}: tensor '{name}' has type {entry.dtype}, which is not supported",
-                hint="use a checkpoint in F32, F16 or BF16, or a GGUF file",
-            )
+            hint = "use a checkpoint in F32, F16 or BF16, or a GGUF file"
+            raise FormatError(f"{self.path}: tensor '{name}' has type {entry.dtype}, which is not supported", hint=hint)
         if not entry.shape or 0 in entry.shape:
             raise FormatError(f"{self.path}: tensor '{name}' of shape {entry.shape} has no rows of values")
         row_bytes = entry.shape[-1] * _BYTES_OF_DTYPE[entry.dtype]
@@ -95,31 +82,27 @@ class SafetensorsFolder(Mapping[str, QuantTensor]):
 
     def __init__(self, folder: Path) -> None:
         """Open every file. Raises `ModelNotFound`, `FormatError`, or `ModelError` if one cannot be read."""
-        self.files: list[SafetensorsFile] = []
+        self.files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, SafetensorsFile] = {}
-        index = folder / INDEX_FILE
-        if (folder / SINGLE_FILE).exists() or not index.exists():
-            if not (folder / SINGLE_FILE).exists():
-                raise ModelNotFound(
-                    f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}",
-                    hint="only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot",
-                )
-            self.files.append(SafetensorsFile(folder / SINGLE_FILE))
-            self._home = dict.fromkeys(self.files[0], self.files[0])
+        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+        if single.exists():
+            file = self.files[SINGLE_FILE] = SafetensorsFile(single)
+            self._home = dict.fromkeys(file, file)
             return
-        shards: dict[str, SafetensorsFile] = {}
+        if not index.exists():
+            hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
+            raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
         for name, shard in _read_index(index).items():
-            if shard not in shards:
-                shards[shard] = SafetensorsFile(folder / shard)
-            if name not in shards[shard]:
+            if shard not in self.files:
+                self.files[shard] = SafetensorsFile(folder / shard)
+            if name not in self.files[shard]:
                 raise FormatError(f"{index} places tensor '{name}' in {shard}, which does not hold it", hint=DAMAGED)
-            self._home[name] = shards[shard]
-        self.files += shards.values()
+            self._home[name] = self.files[shard]
 
     @property
     def nbytes(self) -> int:
         """Size of all files in bytes."""
-        return sum(file.nbytes for file in self.files)
+        return sum(file.nbytes for file in self.files.values())
 
     def __getitem__(self, name: str) -> QuantTensor:
         return self._home[name][name]
@@ -143,11 +126,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _parse_object(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FormatError(f"{where}: '{twice}' occurs twice", hint=DAMAGED)
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise FormatError(f"{where}: '{name}' occurs twice", hint=DAMAGED)
+            result[name] = value
         return result
 
     try:
@@ -174,11 +157,8 @@ def _read_header(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, TensorEnt
         raise FormatError(f"{path} ends after {len(data)} bytes, within the header length", hint=DAMAGED)
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER, len(data) - 8):
-        raise FormatError(
-            f"{path} is no safetensors file or is cut off: it announces a header of {length} bytes, "
-            f"but has {len(data)} bytes in all",
-            hint=DAMAGED,
-        )
+        what = f"it announces a header of {length} bytes, but has {len(data)} bytes in all"
+        raise FormatError(f"{path} is no safetensors file or is cut off: {what}", hint=DAMAGED)
     header = _parse_object(data[8 : 8 + length].tobytes(), f"{path}: the header")
     header.pop("__metadata__", None)
     base = 8 + length
@@ -202,9 +182,8 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     start, stop = offsets
     size = _BYTES_OF_DTYPE.get(dtype)
     if stop < start or (size is not None and stop - start != size * math.prod(shape)):
-        raise FormatError(
-            f"{path}: tensor '{name}' ({dtype} {tuple(shape)}) cannot have {stop - start} bytes", hint=DAMAGED
-        )
+        what = f"({dtype} {tuple(shape)}) cannot have {stop - start} bytes"
+        raise FormatError(f"{path}: tensor '{name}' {what}", hint=DAMAGED)
     return TensorEntry(dtype, tuple(shape), base + start, base + stop)
 
 

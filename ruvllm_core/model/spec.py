@@ -5,7 +5,7 @@ Families differ by what they put here, never by code in a decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ruvllm_core.errors import ModelError
@@ -47,15 +47,15 @@ class RopeScaling:
     long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.factor <= 0:
-            raise ModelError(f"rope scaling: factor is {self.factor}, but must be positive")
-        if self.kind in ("llama3", "yarn", "longrope") and self.original_context < 2:
-            raise ModelError(f"rope scaling: original context is {self.original_context}, {self.kind} needs a real one")
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ModelError(
-                f"rope scaling: high_freq_factor {self.high_freq_factor} must exceed "
-                f"low_freq_factor {self.low_freq_factor}"
-            )
+        def check(holds: bool, problem: str) -> None:
+            if not holds:
+                raise ModelError(f"rope scaling: {problem}")
+
+        context, low, high = self.original_context, self.low_freq_factor, self.high_freq_factor
+        check(self.factor > 0, f"factor is {self.factor}, but must be positive")
+        original = self.kind in ("llama3", "yarn", "longrope")
+        check(not original or context >= 2, f"original context is {context}, {self.kind} needs a real one")
+        check(self.kind != "llama3" or high > low, f"high_freq_factor {high} must exceed low_freq_factor {low}")
 
 
 @dataclass(frozen=True)
@@ -103,41 +103,25 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.rope_dim:
             object.__setattr__(self, "rope_dim", self.head_dim)
-        counts = {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "max_context": self.max_context,
-            "rope_dim": self.rope_dim,
-        }
-        for name, value in counts.items():
-            if value <= 0:
-                raise ModelError(f"{self.architecture}: {name} is {value}, but must be positive")
-        if self.num_layers > MAX_LAYERS:
-            raise ModelError(f"{self.architecture}: {self.num_layers} layers are more than any model has")
-        if self.num_heads % self.num_kv_heads:
-            raise ModelError(
-                f"{self.architecture}: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads"
-            )
-        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
-            raise ModelError(f"{self.architecture}: rope_dim {self.rope_dim} must be even and at most {self.head_dim}")
-        if self.rope_theta <= 1.0:
-            raise ModelError(f"{self.architecture}: rope_theta is {self.rope_theta}, but must exceed 1")
-        if not 0.0 < self.norm_eps < 1.0:
-            raise ModelError(f"{self.architecture}: norm_eps is {self.norm_eps}, expected a small positive number")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ModelError(f"{self.architecture}: sliding_window is {self.sliding_window}, but must be positive")
-        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
-            raise ModelError(f"{self.architecture}: sliding_layers names {len(self.sliding_layers)} layers, not all")
-        half = self.rope_dim // 2
+        for name in (one.name for one in fields(self) if one.type == "int"):  # every integer is a count
+            self._check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but must be positive")
+        layers, heads, kv_heads, half = self.num_layers, self.num_heads, self.num_kv_heads, self.rope_dim // 2
+        rotates = self.rope_dim % 2 == 0 and self.rope_dim <= self.head_dim
+        window, pattern = self.sliding_window, len(self.sliding_layers)
+        self._check(layers <= MAX_LAYERS, f"{layers} layers are more than any model has")
+        self._check(heads % kv_heads == 0, f"{heads} query heads cannot share {kv_heads} key/value heads")
+        self._check(rotates, f"rope_dim {self.rope_dim} must be even and at most {self.head_dim}")
+        self._check(self.rope_theta > 1.0, f"rope_theta is {self.rope_theta}, but must exceed 1")
+        self._check(0.0 < self.norm_eps < 1.0, f"norm_eps is {self.norm_eps}, expected a small positive number")
+        self._check(window is None or window > 0, f"sliding_window is {window}, but must be positive")
+        self._check(pattern in (0, layers), f"sliding_layers names {pattern} layers, not all")
         for name in ("freq_factors", "short_factors", "long_factors"):
-            factors = getattr(self.rope_scaling, name)
-            if factors and len(factors) != half:
-                raise ModelError(f"{self.architecture}: rope {name} has {len(factors)} entries, rope_dim needs {half}")
+            count = len(getattr(self.rope_scaling, name))
+            self._check(count in (0, half), f"rope {name} has {count} entries, rope_dim needs {half}")
+
+    def _check(self, holds: bool, problem: str) -> None:
+        if not holds:
+            raise ModelError(f"{self.architecture}: {problem}")
 
     @property
     def scale(self) -> float:
@@ -200,7 +184,9 @@ def llama_tensor_names(spec: ModelSpec) -> dict[str, TensorSource]:
     }
     if not spec.tied_embeddings:
         names["lm_head"] = TensorSource("lm_head.weight", "output.weight", (spec.vocab_size, hidden))
-    linears = {
+    sites = {
+        "attn_norm": ("input_layernorm", "attn_norm", (hidden,), False),
+        "mlp_norm": ("post_attention_layernorm", "ffn_norm", (hidden,), False),
         "attn.q": ("self_attn.q_proj", "attn_q", (q, hidden), spec.qkv_bias),
         "attn.k": ("self_attn.k_proj", "attn_k", (kv, hidden), spec.qkv_bias),
         "attn.v": ("self_attn.v_proj", "attn_v", (kv, hidden), spec.qkv_bias),
@@ -211,11 +197,7 @@ def llama_tensor_names(spec: ModelSpec) -> dict[str, TensorSource]:
     }
     for n in range(spec.num_layers):
         hf, gguf, ours = f"model.layers.{n}.", f"blk.{n}.", f"layers.{n}."
-        names[ours + "attn_norm"] = TensorSource(hf + "input_layernorm.weight", gguf + "attn_norm.weight", (hidden,))
-        names[ours + "mlp_norm"] = TensorSource(
-            hf + "post_attention_layernorm.weight", gguf + "ffn_norm.weight", (hidden,)
-        )
-        for site, (hf_site, gguf_site, shape, bias) in linears.items():
+        for site, (hf_site, gguf_site, shape, bias) in sites.items():
             names[ours + site] = TensorSource(f"{hf}{hf_site}.weight", f"{gguf}{gguf_site}.weight", shape)
             if bias:
                 names[f"{ours}{site}.bias"] = TensorSource(f"{hf}{hf_site}.bias", f"{gguf}{gguf_site}.bias", shape[:1])

@@ -156,8 +156,11 @@ def test_unexpected_bias_is_an_error(oracle: Any, sizes: Any, registry: Any) -> 
         ({"hidden_size": "64"}, r"'hidden_size' should be an integer, found '64'"),
         ({"rms_norm_eps": True}, r"'rms_norm_eps' should be a finite number, found True"),
         ({"tie_word_embeddings": 1}, r"'tie_word_embeddings' should be true or false"),
-        ({"hidden_act": "silly"}, r"activation 'silly' is not supported\n  did you mean silu"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rope type 'dynamic' is not supported"),
+        ({"hidden_act": "silly"}, r"hidden_act 'silly' is not supported\n  did you mean silu"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            r"rope_scaling\.rope_type 'dynamic' is not supported",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, r"'rope_scaling\.factor' \(a finite number\) is missing"),
         ({"rope_scaling": [1]}, r"'rope_scaling' should be an object"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, r"factor is 0\.0, but must be positive"),

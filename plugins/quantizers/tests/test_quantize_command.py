@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 import ruvllm_quantizers.hooks
 from ruvllm_core.cli.app import App
-from ruvllm_core.errors import FormatError, ModelNotFound, PluginError, QuantizationError
+from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, PluginError, QuantizationError
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.registry import Registry
@@ -171,7 +171,7 @@ def test_failures_name_the_cause_and_leave_nothing(tmp_path: Path) -> None:
 
 def test_one_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "part.gguf", {"general.architecture": "llama", "split.count": 2}, [])
-    with pytest.raises(FormatError, match="one of 2 parts"):
+    with pytest.raises(ModelError, match="one of 2 parts"):
         gguf_source(tmp_path / "part.gguf")
 
 

@@ -18,6 +18,7 @@ from ruvllm_core.cli.output import print_json, print_table
 from ruvllm_core.cli.plugins_command import print_plugins, selections
 from ruvllm_core.errors import RuvLLMError
 from ruvllm_core.machine import usable_cpus
+from ruvllm_core.settings import ENV_PREFIX
 
 _PACKAGES = (
     *("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "pydantic", "pydantic-settings"),
@@ -49,7 +50,7 @@ def command(app: App, no_gpu: bool, as_json: bool) -> None:
         "memory": _memory(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cache_dir": _folder(settings.cache_dir),
-        "settings": app.sources(),
+        "settings": _sources(app),
         "plugins": registry.report(),
         "selected": selections(registry, settings),
     }
@@ -67,6 +68,22 @@ def command(app: App, no_gpu: bool, as_json: bool) -> None:
         _print(report)
     if problems:
         raise click.exceptions.Exit(1)
+
+
+def _sources(app: App) -> list[dict[str, Any]]:
+    """Every setting: name, value, and where it comes from (``flag``, ``environment``, the file, ``default``)."""
+    variables = [name.upper() for name in os.environ]
+    rows = []
+    for name, value in app.settings.model_dump(mode="json").items():
+        own = (ENV_PREFIX + name).upper()
+        if name in app.flags:
+            source = "flag"
+        elif any(variable == own or variable.startswith(own + "__") for variable in variables):
+            source = "environment"
+        else:
+            source = str(app.config) if name in app.settings.model_fields_set else "default"
+        rows.append({"name": name, "value": value, "source": source})
+    return rows
 
 
 def _cpu() -> dict[str, Any]:

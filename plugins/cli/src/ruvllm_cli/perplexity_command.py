@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ruvllm_cli.options import model_options, read_text
+from ruvllm_cli.progress import progress
 from ruvllm_core.cli.app import App, pass_app
-from ruvllm_core.cli.output import print_json, print_table, progress
+from ruvllm_core.cli.output import print_json, print_table
 from ruvllm_core.errors import RequestError
 
 if TYPE_CHECKING:

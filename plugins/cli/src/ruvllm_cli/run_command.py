@@ -12,8 +12,9 @@ import click
 
 from ruvllm_cli.batch import Job, answers_file, generation_row, read_jobs, run_jobs, with_system
 from ruvllm_cli.options import model_options, read_text, sampling_options, sampling_params
+from ruvllm_cli.progress import progress
 from ruvllm_core.cli.app import App, pass_app, setting
-from ruvllm_core.cli.output import print_json, progress
+from ruvllm_core.cli.output import print_json
 from ruvllm_core.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruvllm_core.errors import FormatError
-from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.gguf_parser import ValueType
+from ruvllm_core.model.loader import open_gguf
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.registry import Registry
 
@@ -62,13 +61,8 @@ def open_source(path: Path, registry: Registry) -> Source:
 
 
 def gguf_source(path: Path) -> Source:
-    """A GGUF file as a source. Raises what `GGUFFile.open` raises, and `FormatError` for one part of a split model."""
-    file = GGUFFile.open(path)
-    if file.get("split.count", int, 1) > 1:
-        raise FormatError(
-            f"{path} is one of {file.metadata['split.count']} parts of a model",
-            hint="merge the parts into one file first",
-        )
+    """A GGUF file as a source. Raises what `open_gguf` raises."""
+    file = open_gguf(path)
     tensors = tuple(
         SourceTensor(info.name, info.shape, info.scheme, lambda name=info.name: file.tensor(name))  # type: ignore[misc]
         for info in file.tensors.values()
