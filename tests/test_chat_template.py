@@ -299,7 +299,7 @@ ATTACKS = {
     "endless block": "{% block b %}{{ self.b() }}{% endblock %}",
     "long attribute": "{{ range(99999) | map(attribute='real.' * 9999 ~ 'real') | list }}",
     "compare": "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{{ s ~ 'b' == s ~ 'c' }}{% endfor %}",
-    "contains": "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% if 'b' in s %}{% endif %}{% endfor %}",
+    "contains": "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% if 'ab' in s %}{% endif %}{% endfor %}",
     "slices": "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
     "split": "{% set s = 'a ' * 400000 %}{% for i in range(99999) %}{% set t = s.split() %}{% endfor %}",
     "refund": "{% for i in range(99999) %}{% for j in range(99999) %}"
@@ -319,9 +319,9 @@ ATTACKS = {
     "lazy search": "{% set x = [0] * 60000 %}{{ x | map('string') | select('in', x) | list }}",
     "chained comparison": "{% set x = [1000] * 40000 %}{% set y = [500 + 500] * 40000 %}"
     + "{{ "
-    + "x == y == " * 1500
+    + "x == y == " * 4000
     + "x }}",
-    "constant search": "{% for i in range(99999) %}{% if 'b' in '" + "a" * 90_000 + "' %}{% endif %}{% endfor %}",
+    "constant search": "{% for i in range(99999) %}{% if 'ab' in '" + "a" * 90_000 + "' %}{% endif %}{% endfor %}",
     "kept slices": "{% set s = 'a' * 999999 %}{{ [" + "s[1:], " * 999 + "] }}",
     "characters": "{{ ('ж' * 1000000) | list }}",
     "words": "{{ (' ж' * 1000000).split() }}",

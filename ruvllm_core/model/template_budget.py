@@ -101,7 +101,7 @@ class Budget:
         """Cost of ``left * right``."""
         for sequence, number in ((left, right), (right, left)):
             if isinstance(sequence, (str, list, tuple)) and isinstance(number, int):
-                return (self.size(sequence) + _STEP) * max(number, 0)
+                return self.size(sequence) * max(number, 0)
         return 0
 
     def power(self, left: Any, right: Any) -> int:
