@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ruvllm_core.errors import TokenizerError
 from ruvllm_core.model.codec import Codec, FastCodec
 from ruvllm_core.model.sentencepiece import SentencePieceCodec, TokenType
-from ruvllm_core.model.tokenizer import SpecialTokens, Tokenizer
+from ruvllm_core.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -116,15 +116,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     bos, eos = special("bos"), special("eos")
     return Tokenizer(
         codec,
-        SpecialTokens(
-            bos=bos,
-            eos=eos,
-            pad=special("padding"),
-            prefix=(bos,) if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else (),
-            suffix=(eos,) if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False) else (),
-            ends=tuple(token for role in ("eot", "eom") if (token := special(role)) is not None),
-        ),
         name=name,
+        bos=bos,
+        eos=eos,
+        pad=special("padding"),
+        ends=[token for role in ("eot", "eom") if (token := special(role)) is not None],
+        prefix=[bos] if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else [],
+        suffix=[eos] if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False) else [],
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
