@@ -75,7 +75,7 @@ def test_the_way_from_tokenizer_model_to_tokenizer_json(mistral_data: Path, tmp_
 
     shutil.copy(mistral_data / "tokenizer.model.v1", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json, only tokenizer\.model") as caught:
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json") as caught:
         Tokenizer.load(tmp_path)
     remedy = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     assert remedy in str(caught.value.hint)
@@ -161,7 +161,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json$"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):

@@ -19,6 +19,7 @@ from ruvllm_core.model.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
+_MARKS = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 _DAMAGED = "the file is damaged or was converted wrongly; convert the model again"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -140,14 +141,8 @@ def _byte_level(pieces: list[str], merges: list[str], types: Sequence[int], pre:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise TokenizerError(f"{name}: {_bad_merge(merges, vocab) or error}", hint=_DAMAGED) from error
-    marks = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
-    fast.add_tokens(
-        [
-            AddedToken(piece, special=kind != TokenType.USER_DEFINED, normalized=False)
-            for piece, kind in zip(pieces, types, strict=True)
-            if kind in marks
-        ]
-    )
+    marks = [(p, t) for p, t in zip(pieces, types, strict=True) if t in _MARKS]
+    fast.add_tokens([AddedToken(p, special=t != TokenType.USER_DEFINED, normalized=False) for p, t in marks])
     if pre.nfc:
         fast.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
@@ -171,8 +166,7 @@ def _bad_merge(merges: list[str], vocab: dict[str, int]) -> str | None:
 def _phi3_marks(pieces: list[str], types: Sequence[int]) -> frozenset[int]:
     """Phi-3's added tokens swallow the white space after them; GGUF has no key for that, its family is the sign."""
     keeps = {"<unk>", "<s>", "<|endoftext|>"}
-    marks = {TokenType.CONTROL, TokenType.USER_DEFINED}
-    return frozenset(t for t, kind in enumerate(types) if kind in marks and pieces[t] not in keeps)
+    return frozenset(t for t, kind in enumerate(types) if kind in _MARKS and pieces[t] not in keeps)
 
 
 def _array(

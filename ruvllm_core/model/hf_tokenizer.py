@@ -13,8 +13,6 @@ from ruvllm_core.model.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
-_OTHER_KINDS = ("tokenizer.model", "tekken.json", "vocab.json")
-
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """The tokenizer of `folder`: ``tokenizer.json``, with the settings beside it.
@@ -28,11 +26,10 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        others = sorted(file.name for file in folder.iterdir() if file.name in _OTHER_KINDS)
         raise TokenizerError(
-            f"{folder} has no tokenizer.json" + (f", only {' and '.join(others)}" if others else ""),
-            hint="write one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder); or take "
-            "a GGUF file of the model, which has its tokenizer inside",
+            f"{folder} has no tokenizer.json",
+            hint="download it with the model; where there is only a tokenizer.model, transformers makes one of it: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
         )
     try:
         fast: FastTokenizer = FastTokenizer.from_file(str(path))

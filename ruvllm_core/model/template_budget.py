@@ -58,7 +58,8 @@ class Budget:
         if isinstance(value, str):
             return len(value)
         if isinstance(value, int):
-            _check_bits(value.bit_length())
+            if value.bit_length() > _MAX_BITS:
+                raise TemplateError(f"the chat template computes a number of more than {_MAX_BITS} bits", hint=_HINT)
             return value.bit_length() // 3 + 1
         if not isinstance(value, _CONTAINERS):
             return _STEP
@@ -106,9 +107,7 @@ class Budget:
 
     def power(self, left: Any, right: Any) -> int:
         """Cost of ``left ** right``."""
-        if isinstance(left, int) and isinstance(right, int):
-            _check_bits(left.bit_length() * abs(right))
-        return 0
+        return (left.bit_length() * right) ** 2 if isinstance(left, int) and isinstance(right, int) else 0
 
     def percent(self, pattern: Any, *values: Any, **named: Any) -> int:
         """Cost of ``pattern % values``."""
@@ -144,11 +143,6 @@ class Budget:
     def digits(self, _: Any, precision: Any = 0, *__: Any, **___: Any) -> int:
         """Cost of ``value | round(precision)``, which computes a power of ten."""
         return 1000 * abs(int(precision))
-
-
-def _check_bits(bits: int) -> None:
-    if bits > _MAX_BITS:
-        raise TemplateError(f"the chat template computes a number of more than {_MAX_BITS} bits", hint=_HINT)
 
 
 # Filters, and methods of strings and containers, that templates may use. Others can make much out of little, or are
