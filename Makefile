@@ -29,7 +29,7 @@ run: $(MODEL_HERE)  ## answer PROMPT with MODEL
 	@$(BIN)/ruvllm run "$(MODEL)" "$$PROMPT" $(ARGS)
 
 test: $(VENV)/.test-needs  ## all tests (ARGS="tests/test_registry.py" for some)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -rs -n $(JOBS) $(ARGS)
 
 check: $(VENV)/.test-needs  ## style, types, import rules, size limits, documentation
 	$(BIN)/ruff check .

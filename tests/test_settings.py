@@ -57,7 +57,9 @@ def test_nested_settings_merge_key_by_key_across_sources(tmp_path: Path, monkeyp
 def test_plugin_settings_come_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = toml(tmp_path, "[plugins.sona]\nrank = 2\nlearning_rate = 0.1\n")
     monkeypatch.setenv("RUVLLM_PLUGINS__SONA__LEARNING_RATE", "0.5")
-    assert load_settings(file).plugins == {"sona": {"rank": 2, "learning_rate": "0.5"}}
+    options = load_settings(file).plugins["sona"]
+    # Releases of pydantic-settings differ in whether they decode it; the plugin's own model does in any case.
+    assert {name: float(value) for name, value in options.items()} == {"rank": 2.0, "learning_rate": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ruvllm_core.decode.kv import KVStorage, KVView, Segment, bytes_per_token
-from ruvllm_core.decode.memory import require_memory
 from ruvllm_core.errors import CacheFull, ConfigError
+from ruvllm_core.machine import require_memory
 from ruvllm_core.protocols import CacheContext, CacheStats
 
 

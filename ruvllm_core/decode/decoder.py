@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.kv import KVStorage
-from ruvllm_core.decode.memory import available_memory, require_memory
 from ruvllm_core.decode.ops import AttentionInput
 from ruvllm_core.decode.reference import pick_device, reference_ops
 from ruvllm_core.decode.rope import rope_tables
 from ruvllm_core.errors import ModelError
 from ruvllm_core.log import get_logger
+from ruvllm_core.machine import available_memory, require_memory, usable_cpus
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Adapter, DecoderOptions, FloatArray, KernelProvider, Weights
 
@@ -37,8 +37,8 @@ class EagerDecoder:
     def __init__(self, spec: ModelSpec, weights: Weights, provider: KernelProvider, options: DecoderOptions) -> None:
         self.spec = spec
         self._device = torch.device(pick_device(options))
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        # PyTorch knows OMP_NUM_THREADS, but not the limits of a control group.
+        torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cpus()))
         self._dtype = _pick_dtype(spec, options, self._device)
         scheme = _SCHEMES[self._dtype]
         self.kv_schemes = (scheme, *(other for other in ("f32", "f16", "bf16") if other != scheme))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ruvllm_core.decode.kv import bytes_per_token
-from ruvllm_core.decode.memory import available_memory
 from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError
 from ruvllm_core.log import get_logger
+from ruvllm_core.machine import available_memory
 from ruvllm_core.model.hub import resolve
 from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.spec import ModelSpec
@@ -109,7 +109,7 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
         learning=tuple(loops),
         load_s=time.perf_counter() - started,
     )
-    _log.info("loaded", **{name: str(value) for name, value in vars(info).items()})
+    _log.info("loaded", model=info.model, scheme=info.scheme, context=max_context, seconds=round(info.load_s, 2))
     return Parts(info, model, tokenizer, decoder, new_cache, backend, tuple(loops.values()))
 
 
@@ -145,7 +145,7 @@ def _choose_decoder(
             _log.warning("kernels passed over", name=name, reason=str(error))
             reasons.append(f"{name}: {error}")
             continue
-        _log.info("kernels chosen", name=name, device=provider.device, passed_over=reasons)
+        _log.info("kernels chosen", name=name, device=provider.device)
         return decoder, name, provider.device
     raise PluginError("no kernels can run this model: " + "; ".join(reasons or ["none is installed"]))
 

@@ -6,14 +6,16 @@ import itertools
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ruvllm_core.errors import RequestError, near
-from ruvllm_core.protocols import Adapter
+
+if TYPE_CHECKING:
+    from ruvllm_core.protocols import Adapter
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

@@ -104,7 +104,7 @@ class Worker:
         try:
             events = self._backend.step()
         except Exception as error:  # whatever a backend raises must reach those who wait for it
-            _log.exception("a step failed", requests=len(self._answers))
+            _failed("a step", error, requests=len(self._answers))
             for request_id, waiting in list(self._answers.items()):
                 self._backend.cancel(request_id)
                 waiting.fail(error)
@@ -150,7 +150,7 @@ class Worker:
         try:
             action()
         except Exception as error:
-            _log.exception("an answer failed", request=answer.request.id)
+            _failed("an answer", error, request=answer.request.id)
             answer.fail(error)
 
     def _finish(self, answer: Answer) -> None:
@@ -160,8 +160,8 @@ class Worker:
         for loop in self._loops:
             try:
                 loop.observe(answer.trajectory())
-            except Exception:  # the answer is out already; learning must not take the engine down
-                _log.exception("a learning loop failed to observe", loop=type(loop).__name__)
+            except Exception as error:  # the answer is out already; learning must not take the engine down
+                _failed("a learning loop's observe", error, loop=type(loop).__name__)
 
     def _learn(self) -> bool:
         """Give idle time to the loops; True if one has more to do."""
@@ -169,6 +169,12 @@ class Worker:
         for loop in self._loops:
             try:
                 more = loop.tick(_IDLE_BUDGET_S) or more
-            except Exception:
-                _log.exception("a learning loop failed in idle time", loop=type(loop).__name__)
+            except Exception as error:
+                _failed("a learning loop's tick", error, loop=type(loop).__name__)
         return more
+
+
+def _failed(what: str, error: Exception, **context: object) -> None:
+    """Log a failure in one line; its traceback is for those who debug."""
+    _log.error(f"{what} failed", error=f"{type(error).__name__}: {error}", **context)
+    _log.debug("traceback", exc_info=error)

@@ -147,14 +147,14 @@ def _cached_model(model: ModelRef, settings: Settings, may_download: bool) -> Pa
     return folder / gguf if gguf is not None else None
 
 
-def _usable(snapshot: Path) -> bool:
-    return is_whole(snapshot) or any(snapshot.rglob("*.gguf"))
-
-
 def not_here(model: ModelRef, settings: Settings, why: str) -> ModelNotFound:
     """The error that says `why` a model cannot be had, and which ones can."""
-    repos = (repo for repo in hub_dir(settings).glob("models--*--*") if any(map(_usable, repo.glob("snapshots/*"))))
-    here = sorted("/".join(repo.name.split("--", 2)[1:]) for repo in repos)
+    here = []
+    for ref in sorted(hub_dir(settings).glob("models--*--*/refs/*")):
+        snapshot = ref.parent.parent / "snapshots" / read_ref(ref)
+        if snapshot.is_dir() and (is_whole(snapshot) or any(snapshot.rglob("*.gguf"))):
+            name = "/".join(ref.parent.parent.name.split("--", 2)[1:])
+            here.append(name if ref.name == "main" else f"{name}@{ref.name}")
     if smollm2.installed() or smollm2.cached(settings.cache_dir):
         here.append("smollm2")
     return ModelNotFound(

@@ -1,29 +1,27 @@
-"""The journal as ruvllm finds it, and what it writes."""
+"""The journal as any learning loop, and what it writes."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
-
-from ruvllm_core import Registry, Settings
-from ruvllm_core.errors import LearningError
-
-
-@pytest.fixture
-def journal(tmp_path):
-    registry = Registry.discover(Settings(plugins={"journal": {"file": "notes.jsonl"}}))
-    context = SimpleNamespace(state_dir=tmp_path / "journal", options=registry.options("journal"))
-    return registry.load("learning_loops", "journal")(context)
+from ruvllm_core import Registry
+from ruvllm_core.testing import LearningLoopSuite
+from ruvllm_journal.hooks import Settings
+from ruvllm_journal.journal import Journal
 
 
-def test_answers_and_ratings_are_lines_of_json(journal):
+class TestJournal(LearningLoopSuite):
+    def make_loop(self, context):
+        return Journal(replace(context, options=Settings()))
+
+
+def test_answers_and_ratings_are_lines_of_json(tmp_path):
+    journal = Journal(SimpleNamespace(state_dir=tmp_path / "journal", options=Settings(file="notes.jsonl")))
     journal.observe(SimpleNamespace(request_id="a", prompt_ids=(1, 2), text="Blue.\nVery."))
     journal.feedback("a", 0.5)
-    rows = [json.loads(line) for line in (journal.path.parent / "notes.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "journal" / "notes.jsonl").read_text().splitlines()]
     assert rows == [{"id": "a", "prompt_ids": [1, 2], "text": "Blue.\nVery."}, {"id": "a", "quality": 0.5}]
 
 
-def test_an_unknown_answer_cannot_be_rated(journal):
-    with pytest.raises(LearningError, match="no answer b"):
-        journal.feedback("b", 1.0)
-    assert not journal.path.exists()
+def test_ruvllm_finds_it():
+    assert Registry.discover().load("learning_loops", "journal") is Journal

@@ -34,7 +34,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 def add_tokenizer(folder: Path, kind: str = "bytes") -> None:
     """Train a small tokenizer and save it as a model's folder has it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     special = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
     if kind == "bytes":
@@ -54,6 +54,7 @@ def add_tokenizer(folder: Path, kind: str = "bytes") -> None:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB - 8, special_tokens=special, initial_alphabet=alphabet)
     corpus = ["The quick brown fox isn't over 1234 lazy dogs.", "def f(x):\n    return x + 12"] * 5
     fast.train_from_iterator(corpus, trainer)
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     path = folder / "tokenizer.json"
     fast.save(str(path))
     saved = json.loads(path.read_text())
@@ -64,7 +65,6 @@ def add_tokenizer(folder: Path, kind: str = "bytes") -> None:
         "eos_token": "</s>",
         "pad_token": "</s>",
         "chat_template": "{{ messages[0].content }}",
-        "add_bos_token": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}))
 

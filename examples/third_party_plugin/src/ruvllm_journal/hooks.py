@@ -8,9 +8,7 @@ RUVLLM_API_VERSION = 1
 
 
 class Settings(BaseModel):
-    """``[plugins.journal]`` of a configuration file."""
-
-    file: str = "journal.jsonl"
+    file: str = "journal.jsonl"  # in [plugins.journal] of a configuration file
 
 
 @hookimpl

@@ -17,6 +17,7 @@ from ruvllm_core.cli.app import App, pass_app
 from ruvllm_core.cli.output import print_json, print_table
 from ruvllm_core.cli.plugins_command import print_plugins, selections
 from ruvllm_core.errors import RuvLLMError
+from ruvllm_core.machine import usable_cpus
 
 _PACKAGES = (
     *("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "pydantic", "pydantic-settings"),
@@ -72,20 +73,18 @@ def _cpu() -> dict[str, Any]:
     rows = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
     facts = {key.strip().lower(): value.strip() for key, _, value in rows}
     flags = facts.get("flags", facts.get("features", "")).split()
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return {
         "model": facts.get("model name") or platform.processor() or platform.machine(),
         "features": [name for name in _CPU_FEATURES if name in flags],
         "logical_cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cgroup_limit": float(quota) / float(period) if quota.isdigit() else None,
+        "usable_cores": usable_cpus(),
     }
 
 
 def _memory() -> dict[str, int]:
     import psutil
 
-    from ruvllm_core.decode.memory import available_memory
+    from ruvllm_core.machine import available_memory
 
     # What a control group leaves, where that is less.
     return {"total_bytes": psutil.virtual_memory().total, "available_bytes": available_memory()}

@@ -1,7 +1,9 @@
-"""How much memory there is for this process."""
+"""What this process may use of its machine: memory and processors."""
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 import psutil
@@ -35,3 +37,13 @@ def require_memory(needed: int, purpose: str, remedy: str = "") -> None:
             f"{purpose} need {needed / 2**30:.2f} GiB, but only {available / 2**30:.2f} GiB are available",
             hint=remedy or "use a smaller model or a smaller arithmetic type, or close other programs",
         )
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on, its control group's share rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    return min(count, math.ceil(int(quota) / int(period))) if quota.isdigit() else count
