@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ruvllm_core.errors import TokenizerError
 from ruvllm_core.model.codec import Codec, FastCodec
 from ruvllm_core.model.sentencepiece import SentencePieceCodec, TokenType
 from ruvllm_core.model.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as FastTokenizer
 
 _MARKS = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 _DAMAGED = "the file is damaged or was converted wrongly; convert the model again"
@@ -73,7 +70,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     Raises:
         TokenizerError: a key is missing or does not fit the others, or the kind of tokenizer is not supported.
     """
-    model, architecture = metadata.get("tokenizer.ggml.model"), metadata.get("general.architecture")
+    model = metadata.get("tokenizer.ggml.model")
     pieces: list[str] = _array(metadata, "tokens", name, kind=str)
     types = _array(metadata, "token_type", name, len(pieces), default=[TokenType.NORMAL] * len(pieces))
     codec: Codec
@@ -89,14 +86,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         add_bos = PRE_TOKENIZERS[pre].add_bos
     elif model == "llama":
         scores = _array(metadata, "scores", name, len(pieces))
-        codec = SentencePieceCodec(
-            name,
-            pieces,
-            scores,
-            types,
-            add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
-            swallows_blanks=_phi3_marks(pieces, types) if architecture == "phi3" else frozenset(),
-        )
+        spaced = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        greedy = _phi3_marks(pieces, types) if metadata.get("general.architecture") == "phi3" else frozenset()
+        codec = SentencePieceCodec(name, pieces, scores, types, add_space_prefix=spaced, swallows_blanks=greedy)
         defaults = {"bos": 1, "eos": 2}
         add_bos = True
     else:

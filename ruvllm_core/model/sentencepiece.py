@@ -68,13 +68,13 @@ class SentencePieceCodec:
         self.vocab_size = len(pieces)
         of_kind = {kind: [token for token, k in enumerate(types) if k == kind] for kind in TokenType}
         marks, special = of_kind[TokenType.USER_DEFINED], of_kind[TokenType.CONTROL] + of_kind[TokenType.UNKNOWN]
-        self._unknown = next(iter(of_kind[TokenType.UNKNOWN]), None)
+        self._unknown = next(iter(of_kind[TokenType.UNKNOWN]), -1)
         self._bytes: dict[int, int] = {}
         for token in of_kind[TokenType.BYTE]:
             if len(byte := sentencepiece_bytes(pieces[token])) != 1:
                 raise TokenizerError(f"{name}: token {token}, {pieces[token]!r}, is no byte token", hint=_DAMAGED)
             self._bytes[byte[0]] = token
-        if self._unknown is None and len(self._bytes) < 256:
+        if self._unknown < 0 and len(self._bytes) < 256:
             raise TokenizerError(
                 f"{name}: the vocabulary has neither an unknown token nor a byte token for each of the 256 bytes",
                 hint=_DAMAGED,
@@ -149,10 +149,7 @@ class SentencePieceCodec:
         token = self._ids.get(symbol)
         if token is not None:
             return [token]
-        if len(self._bytes) == 256:
-            return [self._bytes[byte] for byte in symbol.encode()]
-        assert self._unknown is not None  # the constructor made sure of one or the other
-        return [self._unknown]
+        return [self._bytes[byte] for byte in symbol.encode()] if len(self._bytes) == 256 else [self._unknown]
 
 
 def _alternatives(pieces: Sequence[str] | dict[str, int]) -> re.Pattern[str] | None:

@@ -83,7 +83,9 @@ class Tokenizer:
         """
         path = Path(ref)
         if path.is_dir():
-            return cls.from_folder(path)
+            from ruvllm_core.model.hf_tokenizer import tokenizer_from_folder
+
+            return tokenizer_from_folder(path)
         if path.is_file():
             from ruvllm_core.model.gguf import GGUFFile
 
@@ -101,13 +103,6 @@ class Tokenizer:
         from ruvllm_core.model.gguf_tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(metadata, name)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """From a folder in the layout of the Hugging Face hub; raises `TokenizerError`."""
-        from ruvllm_core.model.hf_tokenizer import tokenizer_from_folder
-
-        return tokenizer_from_folder(Path(folder))
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -143,10 +138,6 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes of one token (a space for SentencePiece's ``▁``); none for ids that have no token."""
         return self._codec.token_bytes(token)
-
-    def token_id(self, piece: str) -> int | None:
-        """The id of a piece as the vocabulary spells it, special tokens included, or None."""
-        return self._codec.token_id(piece)
 
     def is_special(self, token: int) -> bool:
         """Whether `token` is markup, left out of text by default."""
