@@ -141,17 +141,16 @@ def metadata_of_tekken(path: Path) -> dict[str, Any]:
 
 
 def metadata_of_sentencepiece(path: Path) -> dict[str, Any]:
-    """GGUF metadata for a SentencePiece ``tokenizer.model``."""
-    from ruvllm_core.model.sentencepiece_file import SentencePieceFile
-
-    model = SentencePieceFile.read(path)
+    """GGUF metadata for a SentencePiece ``tokenizer.model``, read by the `sentencepiece` package."""
+    model = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    model.ParseFromString(path.read_bytes())
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": model.pieces,
-        "tokenizer.ggml.scores": model.scores,
-        "tokenizer.ggml.token_type": model.types,
-        "tokenizer.ggml.bos_token_id": model.bos,
-        "tokenizer.ggml.eos_token_id": model.eos,
+        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],
+        "tokenizer.ggml.bos_token_id": model.trainer_spec.bos_id,
+        "tokenizer.ggml.eos_token_id": model.trainer_spec.eos_id,
         "tokenizer.ggml.unknown_token_id": 0,
     }
 

@@ -270,7 +270,7 @@ ATTACKS = {
     "replace filter": GROW.replace("GROWN", "ns.x | replace('a', 'aaaaaaaaaa')"),
     "replace method": GROW.replace("GROWN", "ns.x.replace('a', 'aaaaaaaaaa')"),
     "join method": GROW.replace("GROWN", "ns.x.join(ns.x)"),
-    "join filter": GROW.replace("GROWN", "[ns.x] * 99 | join(ns.x)"),
+    "join filter": GROW.replace("GROWN", "([ns.x] * 99) | join(ns.x)"),
     "nested lists": GROW.replace("ns.x", "ns.y").replace("GROWN", "[ns.y, ns.y]") + "{{ ns.y }}",
     "nested dicts": GROW.replace("ns.x", "ns.y").replace("GROWN", "{'a': ns.y, 'b': ns.y}") + "{{ ns.y }}",
     "nested tuples": GROW.replace("ns.x", "ns.y").replace("GROWN", "(ns.y, ns.y)") + "{{ ns.y == ns.y }}",
@@ -299,8 +299,8 @@ ATTACKS = {
     "endless block": "{% block b %}{{ self.b() }}{% endblock %}",
     "long attribute": "{{ range(99999) | map(attribute='real.' * 9999 ~ 'real') | list }}",
     "compare": "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{{ s ~ 'b' == s ~ 'c' }}{% endfor %}",
-    "contains": "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% if 'b' in s %}{% endif %}{% endfor %}",
-    "slices": "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
+    "contains": "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% if 'ab' in s %}{% endif %}{% endfor %}",
+    "slices": "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
     "split": "{% set s = 'a ' * 400000 %}{% for i in range(99999) %}{% set t = s.split() %}{% endfor %}",
     "refund": "{% for i in range(99999) %}{% for j in range(99999) %}"
     "{{ messages | map('<step>', -10**15) | list }}{% endfor %}{% endfor %}",
@@ -312,6 +312,28 @@ ATTACKS = {
     "mutation": "{{ messages.append(1) }}",
     "codec": "{{ 'a'.encode() }}",
     "file": "{% include '/etc/passwd' %}",
+    "percent key": "{{ '%(a)1000000000d' % {'a': 1} }}",
+    "percent precision": "{{ '%.*f' % (1000000000, 1.5) }}",
+    "indent other lines": "{{ ('\r' * 100000) | indent(99999, true, true) }}",
+    "lazy copies": "{% set s = 'a' * 999999 %}{{ range(99999) | map('default', s, true) | map('upper') | list }}",
+    "lazy search": "{% set x = [0] * 60000 %}{{ x | map('string') | select('in', x) | list }}",
+    "chained comparison": "{% set x = [1000] * 40000 %}{% set y = [500 + 500] * 40000 %}"
+    + "{{ "
+    + "x == y == " * 4000
+    + "x }}",
+    "constant search": "{% for i in range(99999) %}{% if 'ab' in '" + "a" * 90_000 + "' %}{% endif %}{% endfor %}",
+    "kept slices": "{% set s = 'a' * 999999 %}{{ [" + "s[1:], " * 999 + "] }}",
+    "characters": "{{ ('ж' * 1000000) | list }}",
+    "words": "{{ (' ж' * 1000000).split() }}",
+    "large hash": "{{ 'f' * 99999 }}{{ ('f' * 99999) | int(base=16) }}",
+    "namespaces in namespaces": "{% set ns = namespace(x=0) %}"
+    + "{% set ns = namespace(x=ns, y=ns) %}" * 99
+    + "{{ ns | string }}",
+    "namespace as text": "{{ namespace(x=1) ~ '' }}",
+    "printed in a block": "{% set x = ['a' * 999999] %}{% set b %}{% for i in range(99999) %}{{ x }}{% endfor %}"
+    "{% endset %}",
+    "deep indent": "{% set ns = namespace(x=[0] * 99999) %}{% for i in range(200) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ns.x | tojson(indent=16) }}",
     "long error": "{{ raise_exception('a' * 4000000) }}",
 }
 

@@ -13,11 +13,7 @@ from hard_texts import HARD_TEXTS, RANDOM_TEXT
 from hypothesis import HealthCheck, given, settings
 
 from ruvllm_core.errors import ModelNotFound, TokenizerError
-from ruvllm_core.model.sentencepiece_file import SentencePieceFile
 from ruvllm_core.model.tokenizer import Tokenizer
-
-V1 = "tokenizer.model.v1"
-V3 = "mistral_instruct_tokenizer_240323.model.v3"
 
 
 @pytest.fixture(scope="module", params=["qwen2_folder", "llama3_folder", "mistral7b_folder"])
@@ -73,42 +69,22 @@ def test_bytes_of_all_tokens_make_the_text(pair: tuple[Tokenizer, Any]) -> None:
         assert joined.decode() in expected
 
 
-@pytest.mark.parametrize("name", [V1, V3])
-def test_tokenizer_model_alone_equals_sentencepiece(mistral_data: Path, tmp_path: Path, name: str) -> None:
-    original = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(mistral_data / name))
-    shutil.copy(mistral_data / name, tmp_path / "tokenizer.model")
+def test_the_way_from_tokenizer_model_to_tokenizer_json(mistral_data: Path, tmp_path: Path) -> None:
+    """The remedy that the error names, followed to the letter."""
+    from transformers import AutoTokenizer
+
+    shutil.copy(mistral_data / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json") as caught:
+        Tokenizer.load(tmp_path)
+    remedy = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+    assert remedy in str(caught.value.hint)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
     ours = Tokenizer.load(tmp_path)
     for text in HARD_TEXTS:
-        ids = original.encode(text)
-        assert ours.encode(text, parse_special=False) == [1, *ids], repr(text)
-        assert ours.decode(ids) == original.decode(ids)
-    assert ours.vocab_size == original.vocab_size()
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, None)
-
-
-def test_every_piece_is_read_from_tokenizer_model(mistral_data: Path) -> None:
-    original = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(mistral_data / V3))
-    ours = SentencePieceFile.read(mistral_data / V3)
-    size = original.vocab_size()
-    assert ours.pieces == [original.id_to_piece(token) for token in range(size)]
-    assert ours.scores == [original.get_score(token) for token in range(size)]
-    for kind, has in ((2, original.is_unknown), (3, original.is_control), (6, original.is_byte)):
-        assert [t for t in range(size) if ours.types[t] == kind] == [t for t in range(size) if has(t)]
-
-
-def test_tokens_added_to_tokenizer_model(mistral_data: Path, tmp_path: Path) -> None:
-    shutil.copy(mistral_data / V1, tmp_path / "tokenizer.model")
-    added = {"32000": {"content": "<|end|>", "rstrip": True, "special": True}, "32001": {"content": "<|note|>"}}
-    config = {"added_tokens_decoder": added, "eos_token": {"content": "<|end|>"}, "add_bos_token": False}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = Tokenizer.load(tmp_path)
-    plain = ours.encode("a")
-    assert ours.encode("<|end|> \n a<|note|>") == [32000, *plain, 32001]
-    assert ours.eos_id == 32000 and not ours.is_special(32001) and ours.decode([32000, 32001]) == "<|note|>"
-    added["32005"] = {"content": "<|gap|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(TokenizerError, match=r"'<\|gap\|>' as 32005"):
-        Tokenizer.load(tmp_path)
+        assert ours.encode(text) == theirs.encode(text), repr(text)
+    assert (ours.bos_id, ours.eos_id) == (1, 2)
 
 
 def small_folder(path: Path, **config: Any) -> Path:
@@ -182,13 +158,10 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
         ours.encode("ab\ud83d")
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path, mistral_data: Path) -> None:
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor tokenizer\.model"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes((mistral_data / V1).read_bytes()[:100_001])
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model: not a SentencePiece model"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
@@ -217,15 +190,4 @@ def test_special_ids_must_be_in_the_vocabulary(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
     with pytest.raises(TokenizerError, match="'</s>' is no token id"):
-        Tokenizer.load(tmp_path)
-
-
-def test_unigram_models_are_refused(tmp_path: Path) -> None:
-    model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
-    proto = model_pb2.ModelProto()
-    proto.pieces.add(piece="<unk>", type=2)
-    proto.trainer_spec.model_type = 1
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
-    with pytest.raises(TokenizerError, match="only SentencePiece BPE"):
         Tokenizer.load(tmp_path)

@@ -9,15 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ruvllm_core.errors import RequestError, TemplateError
 from ruvllm_core.model.template_budget import Budget
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-    from ruvllm_core.model.template_sandbox import BudgetedEnvironment
 
 _MAX_SOURCE = 100_000  # characters; compiling so many takes about a second. Real templates have up to 30,000
 
@@ -47,7 +42,18 @@ class ChatTemplate:
         self._variables = {"bos_token": bos_token, "eos_token": eos_token, **variables}
         self._variables = {name: value for name, value in self._variables.items() if value is not None}
         self._lock = threading.Lock()
-        self._environment, self._template = _compile(source)
+        from ruvllm_core.model.template_sandbox import BudgetedEnvironment
+
+        self._environment = BudgetedEnvironment(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        try:
+            self._template = self._environment.template(source)
+        except Exception as error:
+            line = getattr(error, "lineno", None)
+            where = f" at line {line}" if line else ""
+            raise TemplateError(
+                f"the chat template is not valid Jinja{where}: {str(error)[:500] or type(error).__name__}",
+                hint="give another template, or send a raw prompt instead of messages",
+            ) from error
 
     def render(
         self,
@@ -75,29 +81,13 @@ class ChatTemplate:
             self._environment.budget = Budget(variables)
             try:
                 return self._template.render(variables)
-            except (TemplateError, KeyboardInterrupt):
+            except TemplateError:
                 raise
             except Exception as error:
                 raise TemplateError(
                     f"the chat template failed: {str(error)[:500] or type(error).__name__}",
                     hint="check roles and order of the messages, or give another template",
                 ) from error
-
-
-def _compile(source: str) -> tuple[BudgetedEnvironment, Template]:
-    from ruvllm_core.model.template_sandbox import BudgetedEnvironment
-
-    environment = BudgetedEnvironment()
-    environment.allow(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    try:
-        return environment, environment.template(source)
-    except (Exception, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        where = f" at line {line}" if line else ""
-        raise TemplateError(
-            f"the chat template is not valid Jinja{where}: {str(error)[:500] or type(error).__name__}",
-            hint="give another template, or send a raw prompt instead of messages",
-        ) from error
 
 
 def _raise_exception(message: Any) -> None:

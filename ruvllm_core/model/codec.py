@@ -92,7 +92,8 @@ class FastCodec:
         self._added = {token: entry.content for token, entry in added.items()}
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self.vocab_size = vocab_size or max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        steps = _decoder_steps(fast)
+        state = json.loads(fast.decoder.__getstate__()) if fast.decoder is not None else {"decoders": []}
+        steps: list[dict[str, Any]] = state.get("decoders", [state])
         kinds = [step["type"] for step in steps]
         if kinds == ["ByteLevel"]:
             self._bytes_of, self.byte_errors, self.strips_space = byte_level_bytes, "replace", False
@@ -119,11 +120,3 @@ class FastCodec:
     def token_id(self, piece: str) -> int | None:
         token: int | None = self._fast.token_to_id(piece)
         return token
-
-
-def _decoder_steps(fast: FastTokenizer) -> list[dict[str, Any]]:
-    if fast.decoder is None:
-        return []
-    state: dict[str, Any] = json.loads(fast.decoder.__getstate__())
-    steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
-    return steps

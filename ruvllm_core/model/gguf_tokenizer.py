@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ruvllm_core.errors import TokenizerError
 from ruvllm_core.model.codec import Codec, FastCodec
 from ruvllm_core.model.sentencepiece import SentencePieceCodec, TokenType
-from ruvllm_core.model.tokenizer import SpecialTokens, Tokenizer
+from ruvllm_core.model.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as FastTokenizer
-
+_MARKS = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 _DAMAGED = "the file is damaged or was converted wrongly; convert the model again"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -72,7 +70,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     Raises:
         TokenizerError: a key is missing or does not fit the others, or the kind of tokenizer is not supported.
     """
-    model, architecture = metadata.get("tokenizer.ggml.model"), metadata.get("general.architecture")
+    model = metadata.get("tokenizer.ggml.model")
     pieces: list[str] = _array(metadata, "tokens", name, kind=str)
     types = _array(metadata, "token_type", name, len(pieces), default=[TokenType.NORMAL] * len(pieces))
     codec: Codec
@@ -88,14 +86,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         add_bos = PRE_TOKENIZERS[pre].add_bos
     elif model == "llama":
         scores = _array(metadata, "scores", name, len(pieces))
-        codec = SentencePieceCodec(
-            name,
-            pieces,
-            scores,
-            types,
-            add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
-            swallows_blanks=_phi3_marks(pieces, types) if architecture == "phi3" else frozenset(),
-        )
+        spaced = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+        greedy = _phi3_marks(pieces, types) if metadata.get("general.architecture") == "phi3" else frozenset()
+        codec = SentencePieceCodec(name, pieces, scores, types, add_space_prefix=spaced, swallows_blanks=greedy)
         defaults = {"bos": 1, "eos": 2}
         add_bos = True
     else:
@@ -116,15 +109,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     bos, eos = special("bos"), special("eos")
     return Tokenizer(
         codec,
-        SpecialTokens(
-            bos=bos,
-            eos=eos,
-            pad=special("padding"),
-            prefix=(bos,) if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else (),
-            suffix=(eos,) if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False) else (),
-            ends=tuple(token for role in ("eot", "eom") if (token := special(role)) is not None),
-        ),
         name=name,
+        bos=bos,
+        eos=eos,
+        pad=special("padding"),
+        ends=[token for role in ("eot", "eom") if (token := special(role)) is not None],
+        prefix=[bos] if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos) else [],
+        suffix=[eos] if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False) else [],
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
@@ -142,14 +133,8 @@ def _byte_level(pieces: list[str], merges: list[str], types: Sequence[int], pre:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise TokenizerError(f"{name}: {_bad_merge(merges, vocab) or error}", hint=_DAMAGED) from error
-    marks = {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN}
-    fast.add_tokens(
-        [
-            AddedToken(piece, special=kind != TokenType.USER_DEFINED, normalized=False)
-            for piece, kind in zip(pieces, types, strict=True)
-            if kind in marks
-        ]
-    )
+    marks = [(p, t) for p, t in zip(pieces, types, strict=True) if t in _MARKS]
+    fast.add_tokens([AddedToken(p, special=t != TokenType.USER_DEFINED, normalized=False) for p, t in marks])
     if pre.nfc:
         fast.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
@@ -173,8 +158,7 @@ def _bad_merge(merges: list[str], vocab: dict[str, int]) -> str | None:
 def _phi3_marks(pieces: list[str], types: Sequence[int]) -> frozenset[int]:
     """Phi-3's added tokens swallow the white space after them; GGUF has no key for that, its family is the sign."""
     keeps = {"<unk>", "<s>", "<|endoftext|>"}
-    marks = {TokenType.CONTROL, TokenType.USER_DEFINED}
-    return frozenset(t for t, kind in enumerate(types) if kind in marks and pieces[t] not in keeps)
+    return frozenset(t for t, kind in enumerate(types) if kind in _MARKS and pieces[t] not in keeps)
 
 
 def _array(

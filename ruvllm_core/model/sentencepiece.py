@@ -7,6 +7,7 @@ leftmost on a tie, until no union is in the vocabulary. A ranked list of merges 
 
 from __future__ import annotations
 
+import functools
 import heapq
 import re
 from collections.abc import Sequence
@@ -65,36 +66,28 @@ class SentencePieceCodec:
     ) -> None:
         self._pieces, self.strips_space, self._swallows_blanks = pieces, add_space_prefix, swallows_blanks
         self.vocab_size = len(pieces)
-        normal, marks, special = [], [], []
+        of_kind = {kind: [token for token, k in enumerate(types) if k == kind] for kind in TokenType}
+        marks, special = of_kind[TokenType.USER_DEFINED], of_kind[TokenType.CONTROL] + of_kind[TokenType.UNKNOWN]
+        self._unknown = next(iter(of_kind[TokenType.UNKNOWN]), -1)
         self._bytes: dict[int, int] = {}
-        unknown: int | None = None
-        for token, kind in enumerate(types):
-            if kind == TokenType.NORMAL:
-                normal.append(token)
-            elif kind == TokenType.BYTE:
-                if len(byte := sentencepiece_bytes(pieces[token])) != 1:
-                    raise TokenizerError(f"{name}: token {token}, {pieces[token]!r}, is no byte token", hint=_DAMAGED)
-                self._bytes[byte[0]] = token
-            elif kind == TokenType.USER_DEFINED:
-                marks.append(token)
-            elif kind in (TokenType.CONTROL, TokenType.UNKNOWN):
-                special.append(token)
-                unknown = token if kind == TokenType.UNKNOWN else unknown
-        if unknown is None and len(self._bytes) < 256:
+        for token in of_kind[TokenType.BYTE]:
+            if len(byte := sentencepiece_bytes(pieces[token])) != 1:
+                raise TokenizerError(f"{name}: token {token}, {pieces[token]!r}, is no byte token", hint=_DAMAGED)
+            self._bytes[byte[0]] = token
+        if self._unknown < 0 and len(self._bytes) < 256:
             raise TokenizerError(
                 f"{name}: the vocabulary has neither an unknown token nor a byte token for each of the 256 bytes",
                 hint=_DAMAGED,
             )
-        self._unknown = unknown
         self.special_ids = frozenset(special)
-        self._ids = {pieces[token]: token for token in normal}
-        self._scores = {pieces[token]: scores[token] for token in normal}
+        self._ids = {pieces[token]: token for token in of_kind[TokenType.NORMAL]}
+        self._scores = {piece: scores[token] for piece, token in self._ids.items()}
         self._mark_ids = {pieces[token]: token for token in (*special, *marks) if pieces[token]}
         self._any_mark = _alternatives(self._mark_ids)
         self._user_mark = _alternatives([pieces[token] for token in marks if pieces[token]])
         # Where no piece has a space after a letter, no merge crosses that border: words can be encoded one by one.
         self._by_word = not any(SPACE in piece.lstrip(SPACE) for piece in self._ids)
-        self._cache: dict[str, list[int]] = {}
+        self._cached = functools.lru_cache(_CACHE_WORDS)(self._merge)
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         mark = self._any_mark if parse_special else self._user_mark
@@ -121,14 +114,7 @@ class SentencePieceCodec:
         text = (SPACE + text if self.strips_space else text).replace(" ", SPACE)
         tokens: list[int] = []
         for word in _WORD.findall(text) if self._by_word else [text]:
-            found = self._cache.get(word)
-            if found is None:
-                found = self._merge(word)
-                if len(word) <= _CACHE_LENGTH:
-                    if len(self._cache) >= _CACHE_WORDS:
-                        self._cache.clear()
-                    self._cache[word] = found
-            tokens += found
+            tokens += self._cached(word) if len(word) <= _CACHE_LENGTH else self._merge(word)
         if len(self._bytes) < 256:  # SentencePiece writes one unknown token for a run of them
             return [t for t, last in zip(tokens, [None, *tokens], strict=False) if t != self._unknown or t != last]
         return tokens
@@ -163,10 +149,7 @@ class SentencePieceCodec:
         token = self._ids.get(symbol)
         if token is not None:
             return [token]
-        if len(self._bytes) == 256:
-            return [self._bytes[byte] for byte in symbol.encode()]
-        assert self._unknown is not None  # the constructor made sure of one or the other
-        return [self._unknown]
+        return [self._bytes[byte] for byte in symbol.encode()] if len(self._bytes) == 256 else [self._unknown]
 
 
 def _alternatives(pieces: Sequence[str] | dict[str, int]) -> re.Pattern[str] | None:

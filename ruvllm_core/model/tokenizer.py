@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +26,6 @@ TURN_ENDS = (
 )
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """What a tokenizer's files say about its special tokens.
-
-    Attributes:
-        bos, eos, pad: their ids, where there are any.
-        prefix, suffix: ids that `Tokenizer.encode` puts around a text.
-        ends: further ids that end an answer.
-    """
-
-    bos: int | None = None
-    eos: int | None = None
-    pad: int | None = None
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
-
-
 class Tokenizer:
     """Text to token ids and back.
 
@@ -55,19 +36,33 @@ class Tokenizer:
         eos_ids: every id that ends an answer: end of text, end of turn, and what the model's files list as such.
         add_bos, add_eos: whether `encode` puts them around the text by default.
         chat_template: Jinja source of the model's chat template, or None.
+
+    Args:
+        codec: turns plain text into ids and back.
+        ends: further ids that end an answer.
+        prefix, suffix: ids that `encode` puts around a text.
     """
 
-    def __init__(self, codec: Codec, special: SpecialTokens, *, name: str, chat_template: str | None = None) -> None:
-        self.name = name
-        self.vocab_size = codec.vocab_size
-        self.bos_id, self.eos_id, self.pad_id = special.bos, special.eos, special.pad
-        self.chat_template = chat_template
-        self._codec, self._prefix, self._suffix = codec, list(special.prefix), list(special.suffix)
-        self.add_bos = special.bos is not None and special.bos in special.prefix
-        self.add_eos = special.eos is not None and special.eos in special.suffix
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        name: str,
+        bos: int | None = None,
+        eos: int | None = None,
+        pad: int | None = None,
+        ends: Iterable[int] = (),
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        self.name, self.vocab_size, self.chat_template = name, codec.vocab_size, chat_template
+        self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
+        self.add_bos, self.add_eos = bos in prefix, eos in suffix
+        self._codec, self._prefix, self._suffix = codec, prefix, suffix
         well_known = (token for token in map(codec.token_id, TURN_ENDS) if token in codec.special_ids)
-        self.eos_ids = frozenset(t for t in (special.eos, *special.ends, *well_known) if t is not None)
-        for token in {*self.eos_ids, *special.prefix, *special.suffix}:
+        self.eos_ids = frozenset(token for token in (eos, *ends, *well_known) if token is not None)
+        for token in {*self.eos_ids, *prefix, *suffix}:
             if not 0 <= token < self.vocab_size:
                 raise TokenizerError(
                     f"{name}: special token {token} is outside the vocabulary of {self.vocab_size} tokens",
@@ -79,8 +74,7 @@ class Tokenizer:
         """The tokenizer of a model; reads no weights.
 
         Args:
-            ref: a ``.gguf`` file, a folder with ``tokenizer.json`` or ``tokenizer.model``, or a name that
-                `ruvllm_core.model.hub` knows.
+            ref: a ``.gguf`` file, a folder with ``tokenizer.json``, or a name that `ruvllm_core.model.hub` knows.
             settings: where downloads are kept; read from the environment if not given.
 
         Raises:
@@ -89,7 +83,9 @@ class Tokenizer:
         """
         path = Path(ref)
         if path.is_dir():
-            return cls.from_folder(path)
+            from ruvllm_core.model.hf_tokenizer import tokenizer_from_folder
+
+            return tokenizer_from_folder(path)
         if path.is_file():
             from ruvllm_core.model.gguf import GGUFFile
 
@@ -107,13 +103,6 @@ class Tokenizer:
         from ruvllm_core.model.gguf_tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(metadata, name)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """From a folder in the layout of the Hugging Face hub; raises `TokenizerError`."""
-        from ruvllm_core.model.hf_tokenizer import tokenizer_from_folder
-
-        return tokenizer_from_folder(Path(folder))
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -149,10 +138,6 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes of one token (a space for SentencePiece's ``▁``); none for ids that have no token."""
         return self._codec.token_bytes(token)
-
-    def token_id(self, piece: str) -> int | None:
-        """The id of a piece as the vocabulary spells it, special tokens included, or None."""
-        return self._codec.token_id(piece)
 
     def is_special(self, token: int) -> bool:
         """Whether `token` is markup, left out of text by default."""

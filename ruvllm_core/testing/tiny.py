@@ -107,7 +107,7 @@ def tiny_engine(make_backend: Callable[[p.BackendContext], p.Backend], decoder: 
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<end>"])
-    text = tokenizer.Tokenizer(codec.FastCodec(fast, "tiny"), tokenizer.SpecialTokens(eos=256), name="tiny")
+    text = tokenizer.Tokenizer(codec.FastCodec(fast, "tiny"), name="tiny", eos=256)
     context = p.BackendContext(decoder.spec, decoder, lambda n: ContiguousCache(cache_context(decoder, n)), 8)
     info = load.EngineInfo("tiny", Path(), "tiny", "f32", "tiny", "torch", "cpu", "contiguous", CONTEXT, (), 0.0)
     model = loader.ModelFile(Path(), decoder.spec, {}, {}, 0)
