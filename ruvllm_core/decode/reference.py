@@ -175,11 +175,16 @@ def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: in
     count, heads, dim = query.shape
     kv_heads = spans[0][0].shape[0]
     group = heads // kv_heads
-    if len(spans) == 1 and call.softcap is None and count > 1:
-        key, value, start = spans[0]
-        mask = _mask(count, key.shape[1], position, start, call.window, query.device)
-        key, value = (run.repeat_interleave(group, 0)[None] for run in (key, value))
-        out = F.scaled_dot_product_attention(query.transpose(0, 1)[None], key, value, attn_mask=mask, scale=call.scale)
+    if len(spans) == 1 and call.softcap is None:
+        key, value, start = spans[0][0][None], spans[0][1][None], spans[0][2]
+        if count == 1:  # the queries of a group are rows of one small product with their key/value head
+            wide = query.view(1, kv_heads, group, dim)
+            return F.scaled_dot_product_attention(wide, key, value, scale=call.scale).view(1, heads, dim)
+        plain = call.window is None and start == position
+        mask = None if plain else _mask(count, key.shape[2], position, start, call.window, query.device)
+        out = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None], key, value, mask, is_causal=plain, scale=call.scale, enable_gqa=group > 1
+        )
         return out[0].transpose(0, 1)
     # One small matrix product a key/value head: its queries are the rows.
     rows = query.view(count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
