@@ -6,10 +6,9 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
-from ruvllm_core.errors import GenerationError, LearningError, PromptTooLong, RequestError, TemplateError
+from ruvllm_core.errors import LearningError, PromptTooLong, RequestError, TemplateError
 from ruvllm_core.generate.answer import Answer, Item, Sink
 from ruvllm_core.generate.load import EngineInfo, Parts, load_parts
 from ruvllm_core.generate.request import GenerateParams, Generation, Request, StreamEvent, new_request_id
@@ -181,14 +180,10 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _submit(self, prompt: Prompt, params: GenerateParams | None, template: bool, sink: Sink) -> Request:
-        if self._closed:
-            raise GenerationError("the engine is closed", hint="load it again")
         params = params or GenerateParams(**self._settings.sampling.model_dump())
         prompt_ids, context = self.encode_prompt(prompt, template=template), self.info.max_context
         if not prompt_ids:
