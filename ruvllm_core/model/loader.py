@@ -168,7 +168,9 @@ def _family(registry: Registry, name: str, kind: Literal["hf", "gguf"]) -> Archi
     families: list[Architecture] = registry.load_all("architectures")
     known = {alias: family for family in families for alias in getattr(family, f"{kind}_names")}
     if name not in known:
-        raise ModelError(f"no installed plugin knows the model family {name!r}", hint=near(name, known))
+        raise ModelError(
+            f"no installed plugin knows the model family {name!r}{registry.not_in_use}", hint=near(name, known)
+        )
     return known[name]
 
 
