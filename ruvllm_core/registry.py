@@ -136,15 +136,15 @@ class Registry:
             raise PluginError(f"{kind}: {name!r} of {entry.distribution} cannot run here: {reason}")
         return entry.load()
 
-    def load_all(self, kind: str) -> list[Any]:
-        """Every implementation of `kind` that can run here. Raises `PluginConflict` if two share a name.
+    def load_all(self, kind: str) -> dict[str, Any]:
+        """Every implementation of `kind` that can run here, by name. Raises `PluginConflict` if two share a name.
 
         One that cannot be imported is left out: a warning says so, and it is added to `quarantined`.
         """
-        found = []
+        found = {}
         for entry in [self.entry(kind, entry.name) for entry in self.entries(kind) if entry.reason() is None]:
             try:
-                found.append(entry.load())
+                found[entry.name] = entry.load()
             except PluginError as error:
                 broken = Quarantined(entry.plugin, entry.distribution, entry.version, error.message, error)
                 if broken.reason not in [plugin.reason for plugin in self.quarantined]:

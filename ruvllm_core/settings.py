@@ -16,7 +16,6 @@ from ruvllm_core.generate.request import SamplingFields
 
 _Model = TypeVar("_Model", bound=BaseModel)
 ENV_PREFIX = "RUVLLM_"
-_ENVIRONMENT: dict[str, Any] = {"env_prefix": ENV_PREFIX, "env_nested_delimiter": "__"}
 
 
 def _split(value: Any) -> Any:
@@ -143,13 +142,11 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
     Nested settings are merged key by key. Raises `ConfigError` naming the source, the key, and the nearest right key.
     """
     from_file = _read_toml(file) if file is not None else {}
-    if file is not None:
-        # On trial by itself, so that its mistakes are not taken for the environment's.
-        _validate(Settings, from_file, str(file))
     _check_environment(os.environ)
 
     try:
-        from_environment = EnvSettingsSource(cast(type[BaseSettings], Settings), **_ENVIRONMENT)()
+        fields = cast(type[BaseSettings], Settings)
+        from_environment = EnvSettingsSource(fields, env_prefix=ENV_PREFIX, env_nested_delimiter="__")()
     except SettingsError as error:
         raise ConfigError(f"an environment variable {ENV_PREFIX}… cannot be read: {error}") from None
     return _validate(Settings, _merged(from_file, from_environment, flags), "flags and environment")
@@ -185,6 +182,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    # On trial by itself, so that its mistakes are not taken for the environment's.
+    _validate(Settings, values, str(file))
     return values
 
 

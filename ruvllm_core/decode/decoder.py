@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -48,9 +48,7 @@ class EagerDecoder:
         self._layers = [self._load_layer(weights, f"layers.{n}.") for n in range(spec.num_layers)]
         self._rope: dict[int, tuple[Tensor, Tensor]] = {}
         self._max_context = options.max_context
-        self._deltas: weakref.WeakKeyDictionary[Adapter, dict[str, tuple[Tensor, Tensor, float]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._deltas: WeakKeyDictionary[Adapter, dict[str, tuple[Tensor, Tensor, float]]] = WeakKeyDictionary()
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
         dtype, spec = DTYPES[scheme], self.spec
@@ -124,14 +122,11 @@ class EagerDecoder:
             if adapter is None or not adapter.changes_cache:
                 continue
             rows = slice(int(batch.cu_q[b]), int(batch.cu_q[b + 1]))
-            deltas = self._deltas.get(adapter)
-            if deltas is None:
-                deltas = self._deltas[adapter] = {
-                    site: (self._tensor(delta.a), self._tensor(delta.b), delta.scale)
-                    for site, delta in adapter.sites.items()
-                }
+            if adapter not in self._deltas:
+                sites = adapter.sites.items()
+                self._deltas[adapter] = {site: (self._tensor(d.a), self._tensor(d.b), d.scale) for site, d in sites}
             for part, start, stop in self._sites[name]:
-                if found := deltas.get(f"layers.{n}.{part}"):
+                if found := self._deltas[adapter].get(f"layers.{n}.{part}"):
                     a, b_factor, scale = found
                     y[rows, start:stop] += scale * ((x[rows] @ a.T) @ b_factor.T)
 

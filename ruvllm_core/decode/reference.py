@@ -77,7 +77,7 @@ def reference_ops(device: torch.device, dtype: torch.dtype) -> Ops:
 
 
 def dense(tensors: Sequence[QuantTensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Tensors of equal width, dequantized and stacked by rows. A single float tensor of `dtype` stays in its file."""
+    """Matrices of equal width, dequantized and stacked by rows. A single float tensor of `dtype` stays in its file."""
     from ruvllm_core.model.dequant import dequantize
 
     first = tensors[0]
@@ -87,13 +87,10 @@ def dense(tensors: Sequence[QuantTensor], device: torch.device, dtype: torch.dty
             flat = torch.from_numpy(first.data.reshape(-1))
         if flat.data_ptr() % dtype.itemsize == 0:
             return flat.view(dtype).view(first.shape)
-    shape = first.shape if len(first.shape) == 1 else (sum(t.shape[0] for t in tensors), first.columns)
-    values = torch.empty(shape, dtype=torch.float32)
-    row = 0
-    for tensor in tensors:
-        part = values.view(-1) if len(shape) == 1 else values[row : row + tensor.shape[0]]
-        dequantize(tensor, out=part.numpy())
-        row += tensor.shape[0]
+    heights = [tensor.num_rows for tensor in tensors]
+    values = torch.empty((sum(heights), first.columns), dtype=torch.float32)
+    for tensor, rows in zip(tensors, torch.split(values, heights), strict=True):
+        dequantize(tensor, out=rows.numpy())
     return values.to(device=device, dtype=dtype)
 
 
@@ -206,8 +203,7 @@ def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: in
 
 def _mask(count: int, length: int, position: int, start: int, window: int | None, device: torch.device) -> Tensor:
     """Bool ``[count, length]``: which key each query may see."""
-    distance = torch.arange(position, position + count, device=device)[:, None] - torch.arange(
-        start, start + length, device=device
-    )
+    queries = torch.arange(count, device=device)[:, None] + (position - start)
+    distance = queries - torch.arange(length, device=device)
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

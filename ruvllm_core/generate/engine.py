@@ -46,7 +46,6 @@ class Engine:
         self._settings = settings
         self._worker = Worker(parts.backend, parts.loops)
         self._template: ChatTemplate | None = None
-        self._closed = False
 
     @classmethod
     def load(
@@ -149,9 +148,7 @@ class Engine:
         if len(ids) < 2 or len(ids) > self.info.max_context:
             raise RequestError(f"cannot score {len(ids)} tokens: give 2 to {self.info.max_context}")
         parts, chunk = self._parts, self._settings.prefill_chunk
-        return self._worker.call(
-            lambda: token_logprobs(parts.model.spec, parts.decoder, parts.new_cache(1), ids, chunk)
-        )
+        return self._worker.call(lambda: token_logprobs(parts.decoder, parts.new_cache(1), ids, chunk))
 
     def encode_prompt(self, prompt: Prompt, *, template: bool = True) -> list[int]:
         """The token ids that `generate` would start from."""
@@ -169,13 +166,10 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is running and free everything. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._worker.close()
-        self._parts.backend.close()
-        self._parts.decoder.close()
-        self._parts.model.close()
+        if self._worker.close():
+            self._parts.backend.close()
+            self._parts.decoder.close()
+            self._parts.model.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -67,8 +67,8 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     started = time.perf_counter()
     registry.check_settings()
     # Names first: a misspelt one is found before gigabytes are read.
-    backend_entry = registry.entry("backends", settings.backend)
-    policy = registry.load("cache_policies", settings.cache.policy)
+    make_backend = registry.load("backends", settings.backend)
+    make_cache: Callable[[p.CacheContext], p.KVCachePolicy] = registry.load("cache_policies", settings.cache.policy)
     quantizer = registry.load("quantizers", settings.quantization) if settings.quantization else None
     model = open_model(resolve(settings.model, settings), registry)
     model.check_finite()
@@ -79,14 +79,11 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
 
     def new_cache(max_sequences: int) -> p.KVCachePolicy:
-        made: p.KVCachePolicy = policy(p.CacheContext(model.spec, decoder, settings.cache, max_context, max_sequences))
-        return made
+        return make_cache(p.CacheContext(model.spec, decoder, settings.cache, max_context, max_sequences))
 
-    options = registry.options(backend_entry.plugin)
-    backend: p.Backend = registry.load("backends", settings.backend)(
-        p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options)
-    )
-    loops = _learning_loops(settings, registry, model, decoder)
+    options = registry.options(registry.entry("backends", settings.backend).plugin)
+    backend = make_backend(p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options))
+    loops = _learning_loops(settings, registry, decoder)
     info = EngineInfo(
         model=settings.model,
         path=model.path,
@@ -109,8 +106,7 @@ def _choose_decoder(
 ) -> tuple[p.Decoder, str, str]:
     """The first kernel provider that can run this model; why others could not is logged, or raised if asked for."""
     options = p.DecoderOptions(settings.dtype, settings.device, settings.metal_device, settings.threads, max_context)
-    automatic = settings.kernels == "auto"
-    names = [entry.name for entry in registry.entries("kernels")] if automatic else list(settings.kernels)
+    names = list(settings.kernels if settings.kernels != "auto" else [e.name for e in registry.entries("kernels")])
     reasons: list[str] = []
     for name in names:
         registry.entry("kernels", name)  # a misspelt name is passed over by nobody
@@ -149,17 +145,11 @@ def _max_context(spec: ModelSpec, settings: Settings) -> int:
     return max(fits, 1)
 
 
-def _learning_loops(
-    settings: Settings, registry: Registry, model: ModelFile, decoder: p.Decoder
-) -> dict[str, p.LearningLoop]:
-    if settings.learning == "auto":
-        names = [entry.name for entry in registry.entries("learning_loops") if entry.reason() is None]
-    else:
-        names = list(settings.learning)
+def _learning_loops(settings: Settings, registry: Registry, decoder: p.Decoder) -> dict[str, p.LearningLoop]:
+    kind, wanted = "learning_loops", settings.learning
+    found = registry.load_all(kind) if wanted == "auto" else {name: registry.load(kind, name) for name in wanted}
     loops: dict[str, p.LearningLoop] = {}
-    for name in names:
-        options = registry.options(registry.entry("learning_loops", name).plugin)
-        folder = settings.cache_dir / "learning" / name
-        context = p.LearningContext(model.spec, decoder, settings.model, folder, options)
-        loops[name] = registry.load("learning_loops", name)(context)
+    for name, make_loop in found.items():
+        options, folder = registry.options(registry.entry(kind, name).plugin), settings.cache_dir / "learning" / name
+        loops[name] = make_loop(p.LearningContext(decoder.spec, decoder, settings.model, folder, options))
     return loops

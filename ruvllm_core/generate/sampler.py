@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ruvllm_core.errors import GenerationError, RequestError
 from ruvllm_core.generate.request import SamplingFields
+from ruvllm_core.protocols import FloatArray
 
-FloatArray = npt.NDArray[np.float32]
 _HEAD = 1024
 
 
@@ -34,9 +34,8 @@ class Distribution:
     def draw(self, uniform: float) -> int:
         """The token at `uniform` in ``[0, 1)`` of the cumulative distribution."""
         cumulative = np.cumsum(self.probabilities)
-        return int(
-            self.ids[min(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(self.ids) - 1)]
-        )
+        place = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+        return int(self.ids[min(place, len(self.ids) - 1)])
 
 
 class Sampler:
@@ -127,11 +126,9 @@ class Sampler:
         return _top(scaled, size)
 
     def _describe(self, adjusted: FloatArray, token: int) -> Sampled:
-        logprobs = log_softmax(adjusted)
-        if not (count := self._params.logprobs):
-            return Sampled(token, float(logprobs[token]))
-        head = _top(logprobs, min(count, len(logprobs)))
-        return Sampled(token, float(logprobs[token]), {int(i): float(logprobs[i]) for i in head})
+        logprobs, count = log_softmax(adjusted), min(self._params.logprobs or 0, len(adjusted))
+        top = {int(i): float(logprobs[i]) for i in _top(logprobs, count)} if count else None
+        return Sampled(token, float(logprobs[token]), top)
 
 
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:

@@ -9,22 +9,19 @@ import numpy as np
 from ruvllm_core.generate.request import GenerateParams, Request
 from ruvllm_core.generate.sampler import log_softmax
 from ruvllm_core.generate.sequence import Sequence, advance
-from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Decoder, FloatArray, KVCachePolicy
 
 _ROWS = 64
 
 
-def token_logprobs(
-    spec: ModelSpec, decoder: Decoder, cache: KVCachePolicy, token_ids: SequenceOf[int], chunk: int
-) -> FloatArray:
+def token_logprobs(decoder: Decoder, cache: KVCachePolicy, token_ids: SequenceOf[int], chunk: int) -> FloatArray:
     """Natural log-probability of each of ``token_ids[1:]`` given those before it, float32 ``[n - 1]``.
 
     Runs one sequence through `cache`, an empty one, `chunk` tokens at a time. Raises `CacheFull` if it does not fit.
     """
     # The last token is only predicted; nothing follows from it.
     request = Request("score", tuple(token_ids[:-1]), GenerateParams(), frozenset(), capacity=len(token_ids) - 1)
-    sequence = Sequence(request, cache, spec)
+    sequence = Sequence(request, cache, decoder.spec)
     found: list[float] = []
     try:
         while count := min(chunk, sequence.pending):

@@ -69,14 +69,15 @@ class Worker:
             if not self._closed:
                 self._commands.put(lambda: self._cancel(request_id))
 
-    def close(self) -> None:
-        """Cancel everything and end the thread."""
+    def close(self) -> bool:
+        """Cancel everything and end the thread; False if that has been done before."""
         with self._lock:
             if self._closed:
-                return
+                return False
             self._closed = True
             self._commands.put(None)
         self._thread.join()
+        return True
 
     def _run(self) -> None:
         while True:

@@ -165,7 +165,7 @@ def _open_folder(path: Path, registry: Registry) -> ModelFile:
 
 
 def _family(registry: Registry, name: str, kind: Literal["hf", "gguf"]) -> Architecture:
-    families: list[Architecture] = registry.load_all("architectures")
+    families: Collection[Architecture] = registry.load_all("architectures").values()
     known = {alias: family for family in families for alias in getattr(family, f"{kind}_names")}
     if name not in known:
         raise ModelError(
