@@ -54,7 +54,8 @@ class Answer:
             self._first = self._last
         self._events.append(event)
         assert event.token_id is not None
-        text, reason = self._stops.push(self._detokenizer.push(event.token_id)), event.finish_reason
+        text = self._stops.push(self._detokenizer.push(event.token_id))
+        reason = event.finish_reason
         if reason is not None:
             text += self._end()
         if self._stops.found:
@@ -108,7 +109,8 @@ class Answer:
         self.finish_reason = reason
         tops = tuple(event.top_logprobs for event in self._events if event.top_logprobs is not None)
         logprobs = tuple(event.logprob for event in self._events if event.logprob is not None)
-        wanted, cached = self.request.params.logprobs, self._events[0].cached_tokens if self._events else 0
+        wanted = self.request.params.logprobs
+        cached = self._events[0].cached_tokens if self._events else 0
         self.sink(
             Generation(
                 request_id=self.request.id,

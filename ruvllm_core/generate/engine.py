@@ -202,17 +202,16 @@ class Engine:
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         if self._template is None:
-            tokenizer = self.tokenizer
-            if tokenizer.chat_template is None:
+            if self.tokenizer.chat_template is None:
                 raise TemplateError(
                     f"{self.info.model} has no chat template, so chat messages cannot be put into a prompt",
                     hint="pass the prompt as a text",
                 )
             bos, eos = (
-                tokenizer.decode([token], skip_special=False) if token is not None else ""
-                for token in (tokenizer.bos_id, tokenizer.eos_id)
+                self.tokenizer.decode([token], skip_special=False) if token is not None else ""
+                for token in (self.tokenizer.bos_id, self.tokenizer.eos_id)
             )
-            self._template = ChatTemplate(tokenizer.chat_template, bos_token=bos, eos_token=eos)
+            self._template = ChatTemplate(self.tokenizer.chat_template, bos_token=bos, eos_token=eos)
         return self.tokenizer.encode(self._template.render(messages), add_special=False)
 
     def _check_ids(self, token_ids: Sequence[int]) -> Sequence[int]:

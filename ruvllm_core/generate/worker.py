@@ -112,8 +112,7 @@ class Worker:
             self._answers.clear()
             return
         for event in events:
-            answer = self._answers.get(event.request_id)
-            if answer is None:
+            if (answer := self._answers.get(event.request_id)) is None:
                 continue
             self._guard(answer, answer.push, event)
             if answer.finish_reason is not None:

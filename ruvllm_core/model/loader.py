@@ -168,9 +168,8 @@ def _family(registry: Registry, name: str, kind: Literal["hf", "gguf"]) -> Archi
     families: Collection[Architecture] = registry.load_all("architectures").values()
     known = {alias: family for family in families for alias in getattr(family, f"{kind}_names")}
     if name not in known:
-        raise ModelError(
-            f"no installed plugin knows the model family {name!r}{registry.not_in_use}", hint=near(name, known)
-        )
+        what = f"no installed plugin knows the model family {name!r}{registry.not_in_use}"
+        raise ModelError(what, hint=near(name, known))
     return known[name]
 
 
