@@ -15,11 +15,13 @@ from pydantic import BaseModel
 from ruvllm_core import __version__, hookspecs
 from ruvllm_core.errors import ConfigError, PluginConflict, PluginError, near
 from ruvllm_core.hookspecs import API_VERSION, ENTRY_POINT_GROUP, KINDS, Offer
+from ruvllm_core.log import get_logger
 from ruvllm_core.settings import Settings, validate_options
 
 BUILTIN = "core"
 # What foreign code may raise and a plugin be blamed for; an import that calls sys.exit() is one more broken plugin.
 _FAULTS = (Exception, SystemExit)
+_log = get_logger("registry")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Entry(Owner):
 
 @dataclass(frozen=True)
 class Quarantined(Owner):
-    """A plugin that is installed but not in use; `error` is None when the settings leave it out."""
+    """A plugin not in use, or one thing of a plugin; `error` is None when the settings leave it out."""
 
     reason: str
     error: BaseException | None = None
@@ -118,14 +120,14 @@ class Registry:
         for plugin in self.quarantined:
             if plugin.error is not None and name in (plugin.plugin, plugin.distribution):
                 raise PluginError(f"plugin {plugin.plugin} is broken: {plugin.reason}") from plugin.error
-        missing = f"; not in use: {self.not_in_use}" if self.quarantined else ""
         known = [entry.name for entry in self.entries(kind)]
-        raise PluginError(f"{kind}: there is no {name!r}{missing}", hint=near(name, known))
+        raise PluginError(f"{kind}: there is no {name!r}{self.not_in_use}", hint=near(name, known))
 
     @property
     def not_in_use(self) -> str:
-        """The plugins left out, and why."""
-        return ", ".join(f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined)
+        """The plugins left out and why, for the end of a message about what is missing; empty if there are none."""
+        left_out = ", ".join(f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined)
+        return left_out and f"; not in use: {left_out}"
 
     def load(self, kind: str, name: str) -> Any:
         """The implementation called `name`, its probe passed. Raises `PluginError`."""
@@ -134,9 +136,21 @@ class Registry:
             raise PluginError(f"{kind}: {name!r} of {entry.distribution} cannot run here: {reason}")
         return entry.load()
 
-    def load_all(self, kind: str) -> list[Any]:
-        """Every implementation of `kind` that can run here. Raises `PluginConflict` if two share a name."""
-        return [self.load(kind, entry.name) for entry in self.entries(kind) if entry.reason() is None]
+    def load_all(self, kind: str) -> dict[str, Any]:
+        """Every implementation of `kind` that can run here, by name. Raises `PluginConflict` if two share a name.
+
+        One that cannot be imported is left out: a warning says so, and it is added to `quarantined`.
+        """
+        found = {}
+        for entry in [self.entry(kind, entry.name) for entry in self.entries(kind) if entry.reason() is None]:
+            try:
+                found[entry.name] = entry.load()
+            except PluginError as error:
+                broken = Quarantined(entry.plugin, entry.distribution, entry.version, error.message, error)
+                if broken.reason not in [plugin.reason for plugin in self.quarantined]:
+                    _log.warning("left out", plugin=entry.plugin, reason=broken.reason)
+                    self.quarantined.append(broken)
+        return found
 
     def options(self, plugin: str) -> BaseModel | None:
         """The plugin's settings through its ``Settings`` model, or None if it has none. Raises `ConfigError`."""

@@ -6,21 +6,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsError
 
 from ruvllm_core.errors import ConfigError, near
 from ruvllm_core.generate.request import SamplingFields
 
+_Model = TypeVar("_Model", bound=BaseModel)
 ENV_PREFIX = "RUVLLM_"
 
 
@@ -148,32 +142,23 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
     Nested settings are merged key by key. Raises `ConfigError` naming the source, the key, and the nearest right key.
     """
     from_file = _read_toml(file) if file is not None else {}
-    if file is not None:
-        # On trial by itself, so that its mistakes are not taken for the environment's.
-        _validate(Settings, from_file, str(file))
     _check_environment(os.environ)
 
-    class _Sources(BaseSettings, Settings):
-        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid")
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            *_: PydanticBaseSettingsSource,
-            **__: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
-
     try:
-        loaded = _Sources(**flags)
-    except ValidationError as error:
-        raise _explain(error, Settings, "flags and environment") from None
+        fields = cast(type[BaseSettings], Settings)
+        from_environment = EnvSettingsSource(fields, env_prefix=ENV_PREFIX, env_nested_delimiter="__")()
     except SettingsError as error:
         raise ConfigError(f"an environment variable {ENV_PREFIX}… cannot be read: {error}") from None
-    return Settings.model_construct(_fields_set=loaded.model_fields_set, **dict(loaded))
+    return _validate(Settings, _merged(from_file, from_environment, flags), "flags and environment")
+
+
+def _merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of `sources`, later ones going first; tables are merged key by key."""
+    merged: dict[str, Any] = {}
+    for key, value in (pair for source in sources for pair in source.items()):
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def validate_options(model: type[BaseModel], values: Mapping[str, Any], plugin: str) -> BaseModel:
@@ -197,6 +182,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    # On trial by itself, so that its mistakes are not taken for the environment's.
+    _validate(Settings, values, str(file))
     return values
 
 
@@ -226,9 +213,7 @@ def _keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _validate(
-    model: type[BaseModel], values: Mapping[str, Any], source: str, prefix: tuple[str, ...] = ()
-) -> BaseModel:
+def _validate(model: type[_Model], values: Mapping[str, Any], source: str, prefix: tuple[str, ...] = ()) -> _Model:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

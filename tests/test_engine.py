@@ -77,7 +77,7 @@ def _registry() -> Registry:
 
     @hookimpl
     def learning_loops() -> list[Offer]:
-        return [Offer("recording", f"{__name__}:RecordingLoop")]
+        return [Offer("recording", f"{__name__}:RecordingLoop"), Offer("broken", "module_that_is_nowhere:Loop")]
 
     hooks.learning_loops = learning_loops  # type: ignore[attr-defined]
     registry = Registry.discover(Settings())
@@ -283,6 +283,12 @@ def test_feedback_must_make_sense(engine: Engine) -> None:
         Engine.load(settings=Settings(learning=[]), config=ModelConfig(max_context=64)) as quiet,
     ):
         quiet.feedback("nobody", 0.5)
+
+
+def test_a_loop_that_cannot_be_imported_is_left_out_unless_asked_for(engine: Engine) -> None:
+    assert engine.info.learning == ("recording",)
+    with pytest.raises(PluginError, match="'broken' of tests 0 cannot be loaded from module_that_is_nowhere:Loop"):
+        Engine.load(settings=Settings(learning=["broken"]), registry=_registry(), config=ModelConfig(max_context=64))
 
 
 def test_adapters_of_a_loop_change_the_answer(engine: Engine, loop: RecordingLoop) -> None:

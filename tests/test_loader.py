@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 import ruvllm_candle_like.hooks
 import ruvllm_quantizers.hooks
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound, QuantizationError
+from ruvllm_core.hookspecs import API_VERSION, Offer, hookimpl
 from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.registry import Registry
@@ -346,6 +348,20 @@ def test_no_registered_family(folder: Path) -> None:
         ModelError, match="no installed plugin knows the model family 'LlamaForCausalLM'\n  there are none"
     ):
         open_model(folder, Registry(Settings()))
+
+
+def test_a_broken_family_is_in_nobodys_way(folder: Path, registry: Registry) -> None:
+    broken = types.ModuleType("broken_hooks")
+    broken.RUVLLM_API_VERSION = API_VERSION  # type: ignore[attr-defined]
+    offers = [Offer("lost", "module_that_is_nowhere:family")]
+    broken.architectures = hookimpl(lambda: offers, specname="architectures")  # type: ignore[attr-defined]
+    registry.register(broken, "broken", "ruvllm-broken", "1.0")
+    assert open_model(folder, registry).spec.architecture == "llama"
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["LostForCausalLM"]}))
+    with pytest.raises(ModelError) as caught:
+        open_model(folder, registry)
+    for part in ("'LostForCausalLM'; not in use: broken (", "'lost' of ruvllm-broken 1.0", "module_that_is_nowhere"):
+        assert part in caught.value.message
 
 
 def test_tokenizer_must_fit(tmp_path: Path, folder: Path, registry: Registry) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,36 @@ def test_an_implementation_that_cannot_be_imported_names_its_package(install: In
     with pytest.raises(PluginError, match=r"'gone' of ruvllm-probes 1.2.3 .*module_that_is_nowhere") as caught:
         discover().load("kernels", "gone")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+FAMILIES = (
+    HEAD
+    + """
+@hookimpl
+def architectures():
+    return [Offer("broken_family", "{module}:family"), Offer("working_family", "types:SimpleNamespace")]
+"""
+)
+
+
+@pytest.mark.parametrize("module", ["module_that_is_nowhere", "ruvllm_families_leaver"])
+def test_one_broken_implementation_does_not_hide_the_others(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str], module: str
+) -> None:
+    (tmp_path / "ruvllm_families_leaver.py").write_text("import sys\nsys.exit(3)\n")
+    install("ruvllm-families", "families", FAMILIES.replace("{module}", module))
+    registry = discover(plugin_allow=["families"])
+    for _ in range(2):  # the second time without another warning
+        assert registry.load_all("architectures") == {"working_family": types.SimpleNamespace}
+    warned = capsys.readouterr().err
+    reason = f"architectures 'broken_family' of ruvllm-families 1.2.3 cannot be loaded from {module}:family"
+    assert warned.count("left out") == 1
+    assert "families" in warned and reason in warned
+    assert [plugin.reason.startswith(reason) for plugin in registry.quarantined if plugin.error] == [True]
+    assert registry.entry("architectures", "working_family")
+    with pytest.raises(PluginError, match=f"{reason}: (ModuleNotFoundError|SystemExit)") as caught:
+        registry.load("architectures", "broken_family")
+    assert caught.value.hint is not None and "plugin_block" in caught.value.hint
 
 
 WITH_SETTINGS = (

@@ -45,9 +45,8 @@ class CommandGroup(click.Group):
         except PluginError as error:
             if cmd_name in known or error.__cause__ is not None:
                 raise
-            absent = f"plugins not in use: {registry.not_in_use}\n" if registry.quarantined else ""
             everyday = "" if "run" in known else "run, chat, pull and others come with the package ruvllm-cli\n"
-            message = f"there is no command {cmd_name!r}\n{absent}{everyday}{near(cmd_name, known)}"
+            message = f"there is no command {cmd_name!r}{registry.not_in_use}\n{everyday}{near(cmd_name, known)}"
             raise click.UsageError(message, ctx) from None
         if not isinstance(command, click.Command):
             target = registry.entry("commands", cmd_name).offer.target

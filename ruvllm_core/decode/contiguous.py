@@ -34,14 +34,12 @@ class ContiguousCache:
         scheme = decoder.kv_schemes[0] if precision == "auto" else precision
         if scheme not in decoder.kv_schemes:
             raise ConfigError(f"cache.precision {scheme}: this decoder has {', '.join(decoder.kv_schemes)}")
-        per_token = bytes_per_token(context.spec, scheme)
+        self._per_token = per_token = bytes_per_token(context.spec, scheme)
         require_memory(
             per_token * context.max_context * context.max_sequences,
             f"keys and values of {context.max_sequences} × {context.max_context} tokens",
             f"a token takes {per_token} bytes: set a smaller max_context, or cache.precision f16",
         )
-        self._per_token = per_token
-        self._max_context = context.max_context
         self._storage: KVStorage = decoder.allocate_kv(context.max_sequences, context.max_context, scheme)
         self._free = list(reversed(range(context.max_sequences)))
         self._held: dict[str, _Held] = {}
@@ -49,8 +47,8 @@ class ContiguousCache:
     def open(self, sequence: str, token_ids: Sequence[int], capacity: int, key: str = "") -> int:
         if sequence in self._held:
             raise ValueError(f"sequence {sequence} is open already")
-        if capacity > self._max_context:
-            raise CacheFull(f"sequence {sequence} wants {capacity} tokens, a block holds {self._max_context}")
+        if capacity > self._storage.block_size:
+            raise CacheFull(f"sequence {sequence} wants {capacity} tokens, a block holds {self._storage.block_size}")
         if not self._free:
             raise CacheFull(f"all {self._storage.num_blocks} blocks are in use")
         self._held[sequence] = _Held(self._free.pop(), capacity)
@@ -59,9 +57,7 @@ class ContiguousCache:
     def extend(self, sequence: str, count: int) -> None:
         held = self._held[sequence]
         if held.length + count > held.capacity:
-            raise CacheFull(
-                f"sequence {sequence} has {held.length} of its {held.capacity} tokens, {count} more do not fit"
-            )
+            raise CacheFull(f"sequence {sequence}: no room for {count} after {held.length} of {held.capacity} tokens")
         held.reserved = count
 
     def view(self, sequences: Sequence[str]) -> KVView:

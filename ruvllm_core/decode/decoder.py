@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,17 +12,12 @@ from torch import Tensor
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.kv import KVStorage
 from ruvllm_core.decode.ops import AttentionInput
-from ruvllm_core.decode.reference import pick_device, reference_ops
+from ruvllm_core.decode.reference import DTYPES, pick_device, reference_ops
 from ruvllm_core.decode.rope import rope_tables
-from ruvllm_core.errors import ModelError
 from ruvllm_core.log import get_logger
 from ruvllm_core.machine import available_memory, require_memory, usable_cpus
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Adapter, DecoderOptions, FloatArray, KernelProvider, Weights
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SCHEMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_TORCH = {scheme: dtype for dtype, scheme in _SCHEMES.items()}
 
 _log = get_logger("decoder")
 
@@ -40,30 +35,27 @@ class EagerDecoder:
         # PyTorch knows OMP_NUM_THREADS, but not the limits of a control group.
         torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cpus()))
         self._dtype = _pick_dtype(spec, options, self._device)
-        scheme = _SCHEMES[self._dtype]
-        self.kv_schemes = (scheme, *(other for other in ("f32", "f16", "bf16") if other != scheme))
+        self.kv_schemes = tuple(sorted(DTYPES, key=lambda scheme: DTYPES[scheme] != self._dtype))
         self._ops = reference_ops(self._device, self._dtype).with_replacements(provider.ops())
-        self._embed: Any = None
-        self._head: Any = None
-        self._final_norm: Any = None
-        self._layers: list[dict[str, Any]] = []
+        self._embed: Any = self._ops.prepare([weights["embed"]])
+        self._head: Any = self._embed if spec.tied_embeddings else self._ops.prepare([weights["lm_head"]])
+        self._final_norm: Any = self._tensor(weights["final_norm"].dequantize())
+        self._heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
         self._sites: dict[str, list[tuple[str, int, int]]] = {}
-        self._load(weights)
+        for name, parts in _FUSED.items():
+            stops = np.cumsum([weights[f"layers.0.{part}"].num_rows for part in parts]).tolist()
+            self._sites[name] = list(zip(parts, [0, *stops[:-1]], stops, strict=True))
+        self._layers = [self._load_layer(weights, f"layers.{n}.") for n in range(spec.num_layers)]
         self._rope: dict[int, tuple[Tensor, Tensor]] = {}
         self._max_context = options.max_context
-        self._deltas: weakref.WeakKeyDictionary[Adapter, dict[str, tuple[Tensor, Tensor, float]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._deltas: WeakKeyDictionary[Adapter, dict[str, tuple[Tensor, Tensor, float]]] = WeakKeyDictionary()
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
-        dtype, spec = _TORCH[scheme], self.spec
+        dtype, spec = DTYPES[scheme], self.spec
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         nbytes = 2 * spec.num_layers * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-
-        def run() -> list[Tensor]:
-            return [_zeros(shape, dtype, self._device) for _ in range(spec.num_layers)]
-
-        return KVStorage(scheme, num_blocks, block_size, run(), run(), nbytes)
+        keys, values = ([_zeros(shape, dtype, self._device) for _ in range(spec.num_layers)] for _ in range(2))
+        return KVStorage(scheme, num_blocks, block_size, keys, values, nbytes)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> FloatArray:
@@ -106,34 +98,15 @@ class EagerDecoder:
         self._layers.clear()
         self._rope.clear()
 
-    def _load(self, weights: Weights) -> None:
-        spec, prepare = self.spec, self._ops.prepare
-        self._heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
-        self._embed = prepare([weights["embed"]])
-        self._head = self._embed if spec.tied_embeddings else prepare([weights["lm_head"]])
-        self._final_norm = self._vector(weights, "final_norm")
-
+    def _load_layer(self, weights: Weights, prefix: str) -> dict[str, Any]:
+        norms = ("attn_norm", "mlp_norm")
+        layer: dict[str, Any] = {norm: self._tensor(weights[prefix + norm].dequantize()) for norm in norms}
         for name, parts in _FUSED.items():
-            start, self._sites[name] = 0, []
-            for part in parts:
-                width = weights[f"layers.0.{part}"].num_rows
-                self._sites[name].append((part, start, start + width))
-                start += width
-        for n in range(spec.num_layers):
-            prefix = f"layers.{n}."
-            layer: dict[str, Any] = {norm: self._vector(weights, prefix + norm) for norm in ("attn_norm", "mlp_norm")}
-            for name, parts in _FUSED.items():
-                layer[name] = prepare([weights[prefix + part] for part in parts])
-                biases = [weights.get(f"{prefix}{part}.bias") for part in parts]
-                if any(bias is not None for bias in biases):
-                    if any(bias is None for bias in biases):
-                        raise ModelError(f"{prefix}{name}: some of {', '.join(parts)} have a bias and some have not")
-                    found = [self._vector(weights, f"{prefix}{part}.bias") for part in parts]
-                    layer[f"{name}.bias"] = torch.cat(found)
-            self._layers.append(layer)
-
-    def _vector(self, weights: Weights, name: str) -> Tensor:
-        return torch.from_numpy(weights[name].dequantize()).to(self._device, self._dtype)
+            layer[name] = self._ops.prepare([weights[prefix + part] for part in parts])
+            biases = [f"{prefix}{part}.bias" for part in parts]
+            if any(bias in weights for bias in biases):  # the spec has them for all parts or for none
+                layer[f"{name}.bias"] = torch.cat([self._tensor(weights[bias].dequantize()) for bias in biases])
+        return layer
 
     def _linear(self, x: Tensor, n: int, name: str, batch: Batch) -> Tensor:
         layer = self._layers[n]
@@ -149,14 +122,11 @@ class EagerDecoder:
             if adapter is None or not adapter.changes_cache:
                 continue
             rows = slice(int(batch.cu_q[b]), int(batch.cu_q[b + 1]))
-            deltas = self._deltas.get(adapter)
-            if deltas is None:
-                deltas = self._deltas[adapter] = {
-                    site: (self._tensor(delta.a), self._tensor(delta.b), delta.scale)
-                    for site, delta in adapter.sites.items()
-                }
+            if adapter not in self._deltas:
+                sites = adapter.sites.items()
+                self._deltas[adapter] = {site: (self._tensor(d.a), self._tensor(d.b), d.scale) for site, d in sites}
             for part, start, stop in self._sites[name]:
-                if found := deltas.get(f"layers.{n}.{part}"):
+                if found := self._deltas[adapter].get(f"layers.{n}.{part}"):
                     a, b_factor, scale = found
                     y[rows, start:stop] += scale * ((x[rows] @ a.T) @ b_factor.T)
 
@@ -205,7 +175,7 @@ def _to_host(x: Tensor) -> FloatArray:
 def _pick_dtype(spec: ModelSpec, options: DecoderOptions, device: torch.device) -> torch.dtype:
     """The arithmetic type; ``auto`` is float32 on a CPU where that fits and bfloat16 elsewhere."""
     if options.dtype != "auto":
-        dtype = _DTYPES[options.dtype]
+        dtype: torch.dtype = getattr(torch, options.dtype)
         if device.type == "cpu":
             require_memory(spec.parameters * dtype.itemsize, f"weights in {options.dtype}")
         return dtype

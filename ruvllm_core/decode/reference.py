@@ -18,7 +18,8 @@ from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Decoder, DecoderOptions, Weights
 
-_TORCH_OF_SCHEME = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+#: The arithmetic type of each float scheme.
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchKernels:
@@ -62,12 +63,8 @@ def pick_device(options: DecoderOptions) -> str:
 
 def reference_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """Every operation of `Ops`, computing in `dtype` on `device`."""
-
-    def prepare(tensors: Sequence[QuantTensor]) -> Tensor:
-        return dense(tensors, device, dtype)
-
     return Ops(
-        prepare=prepare,
+        prepare=lambda tensors: dense(tensors, device, dtype),
         linear=F.linear,
         embed=lambda weight, tokens: F.embedding(tokens, weight),
         rms_norm=rms_norm,
@@ -80,23 +77,20 @@ def reference_ops(device: torch.device, dtype: torch.dtype) -> Ops:
 
 
 def dense(tensors: Sequence[QuantTensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Tensors of equal width, dequantized and stacked by rows. A single float tensor of `dtype` stays in its file."""
+    """Matrices of equal width, dequantized and stacked by rows. A single float tensor of `dtype` stays in its file."""
     from ruvllm_core.model.dequant import dequantize
 
     first = tensors[0]
-    if len(tensors) == 1 and _TORCH_OF_SCHEME.get(first.scheme) == dtype and device.type == "cpu":
+    if len(tensors) == 1 and DTYPES.get(first.scheme) == dtype and device.type == "cpu":
         with warnings.catch_warnings():  # the mapping is read-only, which PyTorch cannot express
             warnings.simplefilter("ignore", UserWarning)
             flat = torch.from_numpy(first.data.reshape(-1))
         if flat.data_ptr() % dtype.itemsize == 0:
             return flat.view(dtype).view(first.shape)
-    shape = first.shape if len(first.shape) == 1 else (sum(t.shape[0] for t in tensors), first.columns)
-    values = torch.empty(shape, dtype=torch.float32)
-    row = 0
-    for tensor in tensors:
-        part = values.view(-1) if len(shape) == 1 else values[row : row + tensor.shape[0]]
-        dequantize(tensor, out=part.numpy())
-        row += tensor.shape[0]
+    heights = [tensor.num_rows for tensor in tensors]
+    values = torch.empty((sum(heights), first.columns), dtype=torch.float32)
+    for tensor, rows in zip(tensors, torch.split(values, heights), strict=True):
+        dequantize(tensor, out=rows.numpy())
     return values.to(device=device, dtype=dtype)
 
 
@@ -188,7 +182,8 @@ def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: in
         return out[0].transpose(0, 1)
     # One small matrix product a key/value head: its queries are the rows.
     rows = query.view(count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
-    best: Tensor | None = None
+    best = torch.full((kv_heads, group * count, 1), -torch.inf, device=query.device)
+    total = mixed = torch.zeros_like(best)
     for key, value, start in spans:
         scores = (rows @ key.transpose(1, 2)).float() * call.scale
         if call.softcap is not None:
@@ -196,17 +191,11 @@ def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: in
         if count > 1:
             mask = _mask(count, key.shape[1], position, start, call.window, query.device)
             scores = scores.masked_fill(~mask.repeat(group, 1), -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        if best is not None:
-            top = torch.maximum(top, best)
+        top = torch.maximum(scores.amax(-1, keepdim=True), best)
         finite = torch.where(top == -torch.inf, 0.0, top)
-        weights = torch.exp(scores - finite)
-        part = (weights.to(value.dtype) @ value).float()
-        if best is None:
-            total, mixed = weights.sum(-1, keepdim=True), part
-        else:
-            fade = torch.exp(best - finite)
-            total, mixed = total * fade + weights.sum(-1, keepdim=True), mixed * fade + part
+        weights, fade = torch.exp(scores - finite), torch.exp(best - finite)
+        total = total * fade + weights.sum(-1, keepdim=True)
+        mixed = mixed * fade + (weights.to(value.dtype) @ value).float()
         best = top
     out = (mixed / total).to(query.dtype).view(kv_heads, group, count, dim)
     return out.permute(2, 0, 1, 3).reshape(count, heads, dim)
@@ -214,8 +203,7 @@ def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: in
 
 def _mask(count: int, length: int, position: int, start: int, window: int | None, device: torch.device) -> Tensor:
     """Bool ``[count, length]``: which key each query may see."""
-    distance = torch.arange(position, position + count, device=device)[:, None] - torch.arange(
-        start, start + length, device=device
-    )
+    queries = torch.arange(count, device=device)[:, None] + (position - start)
+    distance = queries - torch.arange(length, device=device)
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from ruvllm_core.model.spec import ModelSpec, RopeScaling
-
-FloatArray = npt.NDArray[np.float32]
+from ruvllm_core.protocols import FloatArray
 
 
 def inverse_frequencies(spec: ModelSpec, variant: int) -> tuple[FloatArray, float]:

@@ -60,15 +60,14 @@ class Answer:
             text += self._end()
         if self._stops.found:
             reason = "stop"
-        self._emit(text, event, reason)
+        self._emit(StreamEvent(self.request.id, text, event.token_id, reason, event.logprob, event.top_logprobs))
         if reason is not None:
             self._finish(reason)
 
     def cancel(self) -> None:
         """End here, with what there is."""
-        text = self._end()
-        if text:
-            self._emit(text, None, None)
+        if text := self._end():
+            self._emit(StreamEvent(self.request.id, text, None))
         self._finish("cancelled")
 
     def fail(self, error: Exception) -> None:
@@ -102,43 +101,38 @@ class Answer:
         text = self._stops.push(self._detokenizer.flush())
         return text + self._stops.flush()
 
-    def _emit(self, text: str, event: TokenEvent | None, reason: FinishReason | None) -> None:
-        self._text.append(text)
-        if event is None:
-            self.sink(StreamEvent(self.request.id, text, None))
-        else:
-            self.sink(StreamEvent(self.request.id, text, event.token_id, reason, event.logprob, event.top_logprobs))
+    def _emit(self, piece: StreamEvent) -> None:
+        self._text.append(piece.text)
+        self.sink(piece)
 
     def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         tops = tuple(event.top_logprobs for event in self._events if event.top_logprobs is not None)
         logprobs = tuple(event.logprob for event in self._events if event.logprob is not None)
-        wanted = self.request.params.logprobs is not None
+        wanted = self.request.params.logprobs
+        cached = self._events[0].cached_tokens if self._events else 0
         self.sink(
             Generation(
                 request_id=self.request.id,
                 text="".join(self._text),
                 token_ids=self._ids(),
                 finish_reason=reason,
-                usage=Usage(len(self.request.prompt_ids), len(self._events), self._cached()),
+                usage=Usage(len(self.request.prompt_ids), len(self._events), cached),
                 timings=self._timings(),
-                logprobs=logprobs if wanted else None,
-                top_logprobs=tops if wanted and self.request.params.logprobs else None,
+                logprobs=logprobs if wanted is not None else None,
+                top_logprobs=tops if wanted else None,
             )
         )
 
     def _ids(self) -> tuple[int, ...]:
         return tuple(event.token_id for event in self._events if event.token_id is not None)
 
-    def _cached(self) -> int:
-        return self._events[0].cached_tokens if self._events else 0
-
     def _timings(self) -> Timings:
         if not self._events:
             waited = time.perf_counter() - self._submitted
             return Timings(queue_s=waited, ttft_s=0.0, prefill_tok_s=0.0, decode_tok_s=0.0, total_s=waited)
-        ttft, prefill = self._first - self._submitted, self._events[0].prefill_s
-        computed, decode = len(self.request.prompt_ids) - self._cached(), self._last - self._first
+        ttft, decode = self._first - self._submitted, self._last - self._first
+        prefill, computed = self._events[0].prefill_s, len(self.request.prompt_ids) - self._events[0].cached_tokens
         return Timings(
             queue_s=max(0.0, ttft - prefill),
             ttft_s=ttft,

@@ -6,10 +6,9 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
-from ruvllm_core.errors import GenerationError, LearningError, PromptTooLong, RequestError, TemplateError
+from ruvllm_core.errors import LearningError, PromptTooLong, RequestError, TemplateError
 from ruvllm_core.generate.answer import Answer, Item, Sink
 from ruvllm_core.generate.load import EngineInfo, Parts, load_parts
 from ruvllm_core.generate.request import GenerateParams, Generation, Request, StreamEvent, new_request_id
@@ -47,7 +46,6 @@ class Engine:
         self._settings = settings
         self._worker = Worker(parts.backend, parts.loops)
         self._template: ChatTemplate | None = None
-        self._closed = False
 
     @classmethod
     def load(
@@ -150,9 +148,7 @@ class Engine:
         if len(ids) < 2 or len(ids) > self.info.max_context:
             raise RequestError(f"cannot score {len(ids)} tokens: give 2 to {self.info.max_context}")
         parts, chunk = self._parts, self._settings.prefill_chunk
-        return self._worker.call(
-            lambda: token_logprobs(parts.model.spec, parts.decoder, parts.new_cache(1), ids, chunk)
-        )
+        return self._worker.call(lambda: token_logprobs(parts.decoder, parts.new_cache(1), ids, chunk))
 
     def encode_prompt(self, prompt: Prompt, *, template: bool = True) -> list[int]:
         """The token ids that `generate` would start from."""
@@ -170,25 +166,18 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is running and free everything. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        self._worker.close()
-        self._parts.backend.close()
-        self._parts.decoder.close()
-        self._parts.model.close()
+        if self._worker.close():
+            self._parts.backend.close()
+            self._parts.decoder.close()
+            self._parts.model.close()
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _submit(self, prompt: Prompt, params: GenerateParams | None, template: bool, sink: Sink) -> Request:
-        if self._closed:
-            raise GenerationError("the engine is closed", hint="load it again")
         params = params or GenerateParams(**self._settings.sampling.model_dump())
         prompt_ids, context = self.encode_prompt(prompt, template=template), self.info.max_context
         if not prompt_ids:
@@ -213,17 +202,16 @@ class Engine:
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         if self._template is None:
-            tokenizer = self.tokenizer
-            if tokenizer.chat_template is None:
+            if self.tokenizer.chat_template is None:
                 raise TemplateError(
                     f"{self.info.model} has no chat template, so chat messages cannot be put into a prompt",
                     hint="pass the prompt as a text",
                 )
             bos, eos = (
-                tokenizer.decode([token], skip_special=False) if token is not None else ""
-                for token in (tokenizer.bos_id, tokenizer.eos_id)
+                self.tokenizer.decode([token], skip_special=False) if token is not None else ""
+                for token in (self.tokenizer.bos_id, self.tokenizer.eos_id)
             )
-            self._template = ChatTemplate(tokenizer.chat_template, bos_token=bos, eos_token=eos)
+            self._template = ChatTemplate(self.tokenizer.chat_template, bos_token=bos, eos_token=eos)
         return self.tokenizer.encode(self._template.render(messages), add_special=False)
 
     def _check_ids(self, token_ids: Sequence[int]) -> Sequence[int]:

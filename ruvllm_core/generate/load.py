@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ruvllm_core import protocols as p
 from ruvllm_core.decode.kv import bytes_per_token
 from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError
 from ruvllm_core.log import get_logger
@@ -15,16 +16,6 @@ from ruvllm_core.model.hub import resolve
 from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.model.tokenizer import Tokenizer
-from ruvllm_core.protocols import (
-    Backend,
-    BackendContext,
-    CacheContext,
-    Decoder,
-    DecoderOptions,
-    KVCachePolicy,
-    LearningContext,
-    LearningLoop,
-)
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import Settings
 
@@ -65,10 +56,10 @@ class Parts:
     info: EngineInfo
     model: ModelFile
     tokenizer: Tokenizer
-    decoder: Decoder
-    new_cache: Callable[[int], KVCachePolicy]
-    backend: Backend
-    loops: tuple[LearningLoop, ...]
+    decoder: p.Decoder
+    new_cache: Callable[[int], p.KVCachePolicy]
+    backend: p.Backend
+    loops: tuple[p.LearningLoop, ...]
 
 
 def load_parts(settings: Settings, registry: Registry) -> Parts:
@@ -76,8 +67,8 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     started = time.perf_counter()
     registry.check_settings()
     # Names first: a misspelt one is found before gigabytes are read.
-    backend_entry = registry.entry("backends", settings.backend)
-    policy = registry.load("cache_policies", settings.cache.policy)
+    make_backend = registry.load("backends", settings.backend)
+    make_cache: Callable[[p.CacheContext], p.KVCachePolicy] = registry.load("cache_policies", settings.cache.policy)
     quantizer = registry.load("quantizers", settings.quantization) if settings.quantization else None
     model = open_model(resolve(settings.model, settings), registry)
     model.check_finite()
@@ -87,15 +78,12 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     max_context = _max_context(model.spec, settings)
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
 
-    def new_cache(max_sequences: int) -> KVCachePolicy:
-        made: KVCachePolicy = policy(CacheContext(model.spec, decoder, settings.cache, max_context, max_sequences))
-        return made
+    def new_cache(max_sequences: int) -> p.KVCachePolicy:
+        return make_cache(p.CacheContext(model.spec, decoder, settings.cache, max_context, max_sequences))
 
-    options = registry.options(backend_entry.plugin)
-    backend: Backend = registry.load("backends", settings.backend)(
-        BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options)
-    )
-    loops = _learning_loops(settings, registry, model, decoder)
+    options = registry.options(registry.entry("backends", settings.backend).plugin)
+    backend = make_backend(p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options))
+    loops = _learning_loops(settings, registry, decoder)
     info = EngineInfo(
         model=settings.model,
         path=model.path,
@@ -115,25 +103,16 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
 
 def _choose_decoder(
     model: ModelFile, settings: Settings, registry: Registry, max_context: int
-) -> tuple[Decoder, str, str]:
+) -> tuple[p.Decoder, str, str]:
     """The first kernel provider that can run this model; why others could not is logged, or raised if asked for."""
-    options = DecoderOptions(
-        dtype=settings.dtype,
-        device=settings.device,
-        device_index=settings.metal_device,
-        threads=settings.threads,
-        max_context=max_context,
-    )
-    automatic = settings.kernels == "auto"
-    names = [entry.name for entry in registry.entries("kernels")] if automatic else list(settings.kernels)
+    options = p.DecoderOptions(settings.dtype, settings.device, settings.metal_device, settings.threads, max_context)
+    names = list(settings.kernels if settings.kernels != "auto" else [e.name for e in registry.entries("kernels")])
     reasons: list[str] = []
     for name in names:
-        entry = registry.entry("kernels", name)
+        registry.entry("kernels", name)  # a misspelt name is passed over by nobody
         try:
-            if reason := entry.reason():
-                raise PluginError(reason)
-            provider = entry.load()(options)
-            decoder: Decoder | None = provider.decoder(model.spec, model.weights, options)
+            provider = registry.load("kernels", name)(options)
+            decoder: p.Decoder | None = provider.decoder(model.spec, model.weights, options)
             if decoder is None:
                 # PyTorch is imported here, where it is needed, and not where a native decoder needs none.
                 from ruvllm_core.decode.decoder import EagerDecoder
@@ -166,21 +145,11 @@ def _max_context(spec: ModelSpec, settings: Settings) -> int:
     return max(fits, 1)
 
 
-def _learning_loops(
-    settings: Settings, registry: Registry, model: ModelFile, decoder: Decoder
-) -> dict[str, LearningLoop]:
-    if settings.learning == "auto":
-        names = [entry.name for entry in registry.entries("learning_loops") if entry.reason() is None]
-    else:
-        names = list(settings.learning)
-    loops: dict[str, LearningLoop] = {}
-    for name in names:
-        context = LearningContext(
-            spec=model.spec,
-            decoder=decoder,
-            model=settings.model,
-            state_dir=settings.cache_dir / "learning" / name,
-            options=registry.options(registry.entry("learning_loops", name).plugin),
-        )
-        loops[name] = registry.load("learning_loops", name)(context)
+def _learning_loops(settings: Settings, registry: Registry, decoder: p.Decoder) -> dict[str, p.LearningLoop]:
+    kind, wanted = "learning_loops", settings.learning
+    found = registry.load_all(kind) if wanted == "auto" else {name: registry.load(kind, name) for name in wanted}
+    loops: dict[str, p.LearningLoop] = {}
+    for name, make_loop in found.items():
+        options, folder = registry.options(registry.entry(kind, name).plugin), settings.cache_dir / "learning" / name
+        loops[name] = make_loop(p.LearningContext(decoder.spec, decoder, settings.model, folder, options))
     return loops

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ruvllm_core.errors import GenerationError, RequestError
 from ruvllm_core.generate.request import SamplingFields
+from ruvllm_core.protocols import FloatArray
 
-FloatArray = npt.NDArray[np.float32]
 _HEAD = 1024
 
 
@@ -34,9 +34,8 @@ class Distribution:
     def draw(self, uniform: float) -> int:
         """The token at `uniform` in ``[0, 1)`` of the cumulative distribution."""
         cumulative = np.cumsum(self.probabilities)
-        return int(
-            self.ids[min(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(self.ids) - 1)]
-        )
+        place = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+        return int(self.ids[min(place, len(self.ids) - 1)])
 
 
 class Sampler:
@@ -107,45 +106,40 @@ class Sampler:
         scaled = adjusted.astype(np.float64) / params.temperature
         ids = self._most_likely(scaled)
         weights = np.exp(scaled[ids] - scaled[ids[0]])
-        if params.top_k and params.top_k < len(ids):
-            ids, weights = ids[: params.top_k], weights[: params.top_k]
-        total = float(weights.sum()) if params.top_k else float(np.exp(scaled - scaled[ids[0]]).sum())
+        keep = weights >= params.min_p
         if params.top_p < 1.0:
-            before = np.cumsum(weights) - weights
-            keep = int(np.count_nonzero(before < params.top_p * total))
-            ids, weights = ids[: max(keep, 1)], weights[: max(keep, 1)]
-        if params.min_p > 0.0:
-            keep = int(np.count_nonzero(weights >= params.min_p))
-            ids, weights = ids[: max(keep, 1)], weights[: max(keep, 1)]
-        return Distribution(ids, weights / weights.sum())
+            total = weights.sum() if params.top_k else np.exp(scaled - scaled[ids[0]]).sum()
+            keep &= np.cumsum(weights) - weights < params.top_p * total
+        count = max(int(np.count_nonzero(keep)), 1)  # both filters keep a beginning, and the first in any case
+        return Distribution(ids[:count], weights[:count] / weights[:count].sum())
 
     def _most_likely(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """Token ids by falling score: all that any filter can keep, and no more sorted than needed."""
         params, size = self._params, len(scaled)
-        take = min(params.top_k, size) if params.top_k else size
-        if not params.top_k and size > _HEAD and (params.top_p < 1.0 or params.min_p > 0.0):
-            weights = np.exp(scaled - scaled.max())
-            head = np.argpartition(scaled, size - _HEAD)[size - _HEAD :]
+        if params.top_k:
+            return _top(scaled, min(params.top_k, size))
+        if size > _HEAD and (params.top_p < 1.0 or params.min_p > 0.0):
+            weights, head = np.exp(scaled - scaled.max()), _top(scaled, _HEAD)
             # Enough if the nucleus, or everything likely enough, lies in the head.
             if weights[head].sum() >= params.top_p * weights.sum() or weights[head].min() < params.min_p:
-                return _descending(scaled, head)
-        if take < size:
-            return _descending(scaled, np.argpartition(scaled, size - take)[size - take :])
-        return _descending(scaled, np.arange(size))
+                return head
+        return _top(scaled, size)
 
     def _describe(self, adjusted: FloatArray, token: int) -> Sampled:
-        wide = adjusted.astype(np.float64)
-        top = wide.max()
-        log_probabilities = wide - top - np.log(np.exp(wide - top).sum())
-        count = self._params.logprobs or 0
-        if not count:
-            return Sampled(token, float(log_probabilities[token]))
-        first = max(0, len(wide) - count)
-        head = _descending(wide, np.argpartition(wide, first)[first:])
-        return Sampled(token, float(log_probabilities[token]), {int(i): float(log_probabilities[i]) for i in head})
+        logprobs, count = log_softmax(adjusted), min(self._params.logprobs or 0, len(adjusted))
+        top = {int(i): float(logprobs[i]) for i in _top(logprobs, count)} if count else None
+        return Sampled(token, float(logprobs[token]), top)
 
 
-def _descending(scores: npt.NDArray[np.float64], ids: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-    """`ids` by falling score, ties by id, so that the order never depends on how they were found."""
+def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Natural log-probabilities of logits ``[…, V]``, in float64."""
+    shifted: npt.NDArray[np.float64] = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+def _top(scores: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """The `count` ids of the highest scores, falling; ties by id, so that no order depends on how they were found."""
+    ids = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
     ordered: npt.NDArray[np.int64] = ids[np.lexsort((ids, -scores[ids]))].astype(np.int64)
     return ordered

@@ -52,6 +52,23 @@ class Sequence:
         return "length" if self.generated >= self.request.max_new_tokens else None
 
 
+def advance(
+    decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]], *, every: bool = False
+) -> tuple[FloatArray, Batch]:
+    """Compute the next `count` tokens of each sequence, for which `cache` has made room.
+
+    Returns the hidden states ``[R, C]`` of the last token of those then up to date, or of `every` token.
+    """
+    batch = make_batch(cache, work)
+    if every:
+        batch.rows = np.arange(len(batch.tokens))
+    hidden = decoder.forward(batch)
+    for sequence, count in work:
+        cache.commit(sequence.request.id)
+        sequence.computed += count
+    return hidden, batch
+
+
 def run_batch(decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> list[TokenEvent]:
     """Compute the next `count` tokens of each sequence; draw one more for each that is then up to date.
 
@@ -67,14 +84,8 @@ def run_batch(decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Seq
             events.append(TokenEvent(sequence.request.id, None, "error", error=error))
     if not running:
         return events
-    batch = make_batch(cache, running)
-    hidden = decoder.forward(batch)
-    drawing: list[Sequence] = []
-    for sequence, count in running:
-        cache.commit(sequence.request.id)
-        sequence.computed += count
-        if not sequence.pending:
-            drawing.append(sequence)
+    hidden, batch = advance(decoder, cache, running)
+    drawing = [sequence for sequence, _ in running if not sequence.pending]
     if not drawing:
         return events
     logits = decoder.logits(apply_final(hidden, batch))

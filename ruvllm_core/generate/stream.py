@@ -21,39 +21,31 @@ class Stream(Iterator[StreamEvent]):
         self.request_id = request_id
         self._items = items
         self._worker = worker
-        self._generation: Generation | None = None
-        self._error: Exception | None = None
+        self._end: Generation | Exception | None = None
 
     def __next__(self) -> StreamEvent:
         """The next piece. Raises what made the request fail, if anything did."""
-        if self._done:
+        if self._end is not None:
             raise StopIteration
         item = self._items.get()
         if isinstance(item, StreamEvent):
             return item
-        if isinstance(item, Generation):
-            self._generation = item
-            raise StopIteration
-        self._error = item
-        raise item
+        self._end = item
+        raise item if isinstance(item, Exception) else StopIteration
 
     def result(self) -> Generation:
         """Wait for the end. Raises what made the request fail, if anything did."""
         for _ in self:
             pass
-        if self._generation is None:
-            assert self._error is not None
-            raise self._error
-        return self._generation
+        if isinstance(self._end, Exception):
+            raise self._end
+        assert self._end is not None
+        return self._end
 
     def cancel(self) -> None:
         """Stop generating; pieces on their way still come, and `result` holds what there is."""
         self._worker.cancel(self.request_id)
 
-    @property
-    def _done(self) -> bool:
-        return self._generation is not None or self._error is not None
-
     def __del__(self) -> None:
-        if not self._done:
+        if self._end is None:
             self.cancel()

@@ -35,7 +35,7 @@ class Worker:
         self._answers: dict[str, Answer] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a `Stream` collected while its thread is in here cancels itself
         self._thread = threading.Thread(target=self._run, name="ruvllm-worker", daemon=True)
         self._thread.start()
 
@@ -69,14 +69,15 @@ class Worker:
             if not self._closed:
                 self._commands.put(lambda: self._cancel(request_id))
 
-    def close(self) -> None:
-        """Cancel everything and end the thread."""
+    def close(self) -> bool:
+        """Cancel everything and end the thread; False if that has been done before."""
         with self._lock:
             if self._closed:
-                return
+                return False
             self._closed = True
             self._commands.put(None)
         self._thread.join()
+        return True
 
     def _run(self) -> None:
         while True:
@@ -111,10 +112,9 @@ class Worker:
             self._answers.clear()
             return
         for event in events:
-            answer = self._answers.get(event.request_id)
-            if answer is None:
+            if (answer := self._answers.get(event.request_id)) is None:
                 continue
-            self._guard(lambda answer=answer, event=event: answer.push(event), answer)  # type: ignore[misc]
+            self._guard(answer, answer.push, event)
             if answer.finish_reason is not None:
                 # The backend goes on unless the reason was its own: a stop string is found here.
                 if event.finish_reason is None:
@@ -136,19 +136,17 @@ class Worker:
         if not found:
             return request
         adapter = combine(found)
-        key = adapter.version if adapter.changes_cache else ""
-        return replace(request, adapter=adapter, cache_key=key)
+        return replace(request, adapter=adapter, cache_key=adapter.version if adapter.changes_cache else "")
 
     def _cancel(self, request_id: str) -> None:
-        answer = self._answers.get(request_id)
-        if answer is not None:
+        if (answer := self._answers.get(request_id)) is not None:
             self._backend.cancel(request_id)
-            self._guard(answer.cancel, answer)
+            self._guard(answer, answer.cancel)
             self._finish(answer)
 
-    def _guard(self, action: Callable[[], None], answer: Answer) -> None:
+    def _guard(self, answer: Answer, action: Callable[..., None], *arguments: object) -> None:
         try:
-            action()
+            action(*arguments)
         except Exception as error:
             _failed("an answer", error, request=answer.request.id)
             answer.fail(error)

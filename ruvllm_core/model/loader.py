@@ -165,10 +165,11 @@ def _open_folder(path: Path, registry: Registry) -> ModelFile:
 
 
 def _family(registry: Registry, name: str, kind: Literal["hf", "gguf"]) -> Architecture:
-    families: list[Architecture] = registry.load_all("architectures")
+    families: Collection[Architecture] = registry.load_all("architectures").values()
     known = {alias: family for family in families for alias in getattr(family, f"{kind}_names")}
     if name not in known:
-        raise ModelError(f"no installed plugin knows the model family {name!r}", hint=near(name, known))
+        what = f"no installed plugin knows the model family {name!r}{registry.not_in_use}"
+        raise ModelError(what, hint=near(name, known))
     return known[name]
 
 

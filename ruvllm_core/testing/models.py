@@ -36,7 +36,7 @@ class ArchitectureSuite:
     def test_models(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from safetensors.numpy import save_file
 
-        monkeypatch.setattr(Registry, "load_all", lambda *_: [self.architecture])
+        monkeypatch.setattr(Registry, "load_all", lambda *_: {"mine": self.architecture})
         for n, config in enumerate(self.hf_configs):
             spec = self.architecture.spec_from_hf(config)
             for field, name in self.required.items():

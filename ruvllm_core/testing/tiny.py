@@ -130,12 +130,9 @@ class Feeder:
         """Logits ``[count, V]`` after each of the next `count` tokens of each sequence, all in one batch."""
         for name, count in counts.items():
             self.cache.extend(name, count)
-        batch = sequence.make_batch(self.cache, [(self.running[name], count) for name, count in counts.items()])
-        batch.rows = np.arange(len(batch.tokens))
-        logits = self.decoder.logits(apply_final(self.decoder.forward(batch), batch))
-        for name, count in counts.items():
-            self.cache.commit(name)
-            self.running[name].computed += count
+        work = [(self.running[name], count) for name, count in counts.items()]
+        hidden, batch = sequence.advance(self.decoder, self.cache, work, every=True)
+        logits = self.decoder.logits(apply_final(hidden, batch))
         return dict(zip(counts, np.split(logits, batch.cu_q[1:-1]), strict=True))
 
     def ragged(self, **adapters: p.Adapter) -> dict[str, p.FloatArray]:
