@@ -369,3 +369,24 @@ def test_more_sequences_share_steps() -> None:
         together = [out.token_ids for out in engine.generate_batch(prompts, GREEDY)]
         alone = [engine.generate(prompt, GREEDY).token_ids for prompt in prompts]
     assert together == alone
+
+
+def test_kernels_that_fail_are_passed_over_unless_asked_for() -> None:
+    hooks = ModuleType("failing_hooks")
+    hooks.RUVLLM_API_VERSION = API_VERSION  # type: ignore[attr-defined]
+
+    @hookimpl
+    def kernels() -> list[Offer]:
+        # Called with the options like any provider: `int` raises a TypeError of its own.
+        return [Offer("failing", "builtins:int", priority=99), Offer("absent", "builtins:int", probe=lambda: "no")]
+
+    hooks.kernels = kernels  # type: ignore[attr-defined]
+    registry = Registry.discover(Settings())
+    registry.register(hooks, "failing", "tests", "0")
+    settings = Settings(max_context=64)
+    with Engine.load(settings=settings, registry=registry) as engine:
+        assert engine.info.kernels == "torch"
+    with pytest.raises(PluginError, match=r"(?s)failing: TypeError.*absent: .*cannot run here: no"):
+        Engine.load(settings=settings, registry=registry, config=ModelConfig(kernels=["failing", "absent"]))
+    with pytest.raises(TypeError):
+        Engine.load(settings=settings, registry=registry, config=ModelConfig(kernels=["failing"]))

@@ -118,11 +118,12 @@ def _choose_decoder(
                 from ruvllm_core.decode.decoder import EagerDecoder
 
                 decoder = EagerDecoder(model.spec, model.weights, provider, options)
-        except RuvLLMError as error:
+        except Exception as error:  # a broken provider must not keep the others from running
             if len(names) == 1:
                 raise
-            _log.warning("kernels passed over", name=name, reason=str(error))
-            reasons.append(f"{name}: {error}")
+            reason = str(error) if isinstance(error, RuvLLMError) else f"{type(error).__name__}: {error}"
+            _log.warning("kernels passed over", name=name, reason=reason)
+            reasons.append(f"{name}: {reason}")
             continue
         _log.info("kernels chosen", name=name, device=provider.device)
         return decoder, name, provider.device
