@@ -12,7 +12,7 @@ import pytest
 from hard_texts import HARD_TEXTS, RANDOM_TEXT
 from hypothesis import HealthCheck, given, settings
 
-from ruvllm_core.errors import ModelNotFound, TokenizerError
+from ruvllm_core.errors import FormatError, ModelNotFound, TokenizerError
 from ruvllm_core.model.tokenizer import Tokenizer
 
 
@@ -169,7 +169,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     small_folder(tmp_path)
     for broken in ("{", "[]"):
         (tmp_path / "tokenizer_config.json").write_text(broken)
-        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        with pytest.raises(FormatError, match=r"tokenizer_config\.json"):
             Tokenizer.load(tmp_path)
 
 

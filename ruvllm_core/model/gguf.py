@@ -32,8 +32,8 @@ class GGUFFile:
         types: the value type of every key; for an array, ``ARRAY`` followed by its element type. With `metadata` this
             is what a writer needs to reproduce the metadata exactly.
         alignment: of tensor data, in bytes.
-        tensors: by name (for example ``blk.0.attn_q.weight``), in the order of the file: read-only views of the mapping,
-            of which nothing is read yet. Shapes are row-major, that is GGUF's dimensions reversed.
+        tensors: by name, for example ``blk.0.attn_q.weight``, in the order of the file: read-only views of the
+            mapping, of which nothing is read yet. Shapes are row-major, that is GGUF's dimensions reversed.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap | bytes) -> None:

@@ -63,9 +63,7 @@ class Safetensors(Mapping[str, QuantTensor]):
         scheme = _SCHEME_OF_DTYPE.get(entry.dtype)
         if scheme is None:
             hint = "use a checkpoint in F32, F16 or BF16, or a GGUF file"
-            raise FormatError(
-                f"{entry.file}: tensor '{name}' has type {entry.dtype}, which is not supported", hint=hint
-            )
+            raise FormatError(f"{entry.file}: tensor '{name}' has type {entry.dtype}, which cannot be read", hint=hint)
         if not entry.shape or 0 in entry.shape:
             raise FormatError(f"{entry.file}: tensor '{name}' of shape {entry.shape} has no rows of values")
         row_bytes = entry.shape[-1] * _BYTES_OF_DTYPE[entry.dtype]

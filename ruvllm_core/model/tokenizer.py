@@ -14,16 +14,7 @@ if TYPE_CHECKING:
     from ruvllm_core.settings import Settings
 
 # Special tokens that end a turn or a text in the models that have them, whatever else the files say.
-TURN_ENDS = (
-    "</s>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-)
+_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
 
 
 class Tokenizer:
@@ -60,7 +51,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
         self.add_bos, self.add_eos = bos in prefix, eos in suffix
         self._codec, self._prefix, self._suffix = codec, prefix, suffix
-        well_known = (token for token in map(codec.token_id, TURN_ENDS) if token in codec.special_ids)
+        well_known = (token for token in map(codec.token_id, _ENDS) if token in codec.special_ids)
         self.eos_ids = frozenset(token for token in (eos, *ends, *well_known) if token is not None)
         for token in {*self.eos_ids, *prefix, *suffix}:
             if not 0 <= token < self.vocab_size:
@@ -80,6 +71,7 @@ class Tokenizer:
         Raises:
             ModelNotFound: there is no such file, folder, or name.
             TokenizerError: the tokenizer is missing, damaged, or of a kind that cannot be read.
+            FormatError: another file that is read for it is damaged.
         """
         path = Path(ref)
         if path.is_dir():
