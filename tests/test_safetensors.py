@@ -60,6 +60,9 @@ def test_other_types_harm_only_those_who_ask(tmp_path: Path) -> None:
     for name, dtype in (("ids", "I64"), ("d", "F64")):
         with pytest.raises(FormatError, match=rf"m\.safetensors: tensor '{name}' has type {dtype}"):
             file[name]
+    strange = opened(tmp_path / "n.safetensors", container({"a": entry(0, 4, [5], "f32")}, bytes(4)))
+    with pytest.raises(FormatError, match="tensor 'a' has type f32, which cannot be read"):
+        strange["a"]
 
 
 def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\x10\x00", "ends after 2 bytes"),
+        (b"\x10\x00", "announces a header of 16 bytes, but has 2 bytes"),
         ((2**63).to_bytes(8, "little") + b"{}", r"announces a header of 9223372036854775808 bytes"),
         ((50).to_bytes(8, "little") + b"{}", "announces a header of 50 bytes, but has 10"),
         (container(b"{nonsense"), "the header is not valid JSON"),

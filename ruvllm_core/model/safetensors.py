@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ruvllm_core.errors import FormatError, ModelNotFound
 from ruvllm_core.model.mapping import DAMAGED, map_file
-from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.quant import SCHEMES, QuantTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,8 +66,7 @@ class Safetensors(Mapping[str, QuantTensor]):
             raise FormatError(f"{entry.file}: tensor '{name}' has type {entry.dtype}, which cannot be read", hint=hint)
         if not entry.shape or 0 in entry.shape:
             raise FormatError(f"{entry.file}: tensor '{name}' of shape {entry.shape} has no rows of values")
-        row_bytes = entry.shape[-1] * _BYTES_OF_DTYPE[entry.dtype]
-        return QuantTensor(scheme, entry.shape, entry.data.reshape(-1, row_bytes))
+        return QuantTensor(scheme, entry.shape, entry.data.reshape(-1, SCHEMES[scheme].row_bytes(entry.shape[-1])))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -90,7 +89,7 @@ def open_folder(folder: Path) -> Safetensors:
     if not index.exists():
         hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
         raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
-    shard_of = _read_index(index)
+    shard_of = read_index(index)
     files = {shard: open_file(folder / shard) for shard in dict.fromkeys(shard_of.values())}
     for name, shard in shard_of.items():
         if name not in files[shard]:
@@ -122,7 +121,8 @@ def _parse_object(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. Raises `ModelNotFound`, or `FormatError` for what is no index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path} has no 'weight_map' of tensors to files", hint=DAMAGED)
@@ -133,8 +133,6 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, TensorEntry]:
-    if len(data) < 8:
-        raise FormatError(f"{path} ends after {len(data)} bytes, within the header length", hint=DAMAGED)
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER, len(data) - 8):
         what = f"it announces a header of {length} bytes, but has {len(data)} bytes in all"

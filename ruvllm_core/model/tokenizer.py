@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm_core.errors import ModelNotFound, TokenizerError
+from ruvllm_core.errors import TokenizerError
 from ruvllm_core.model.codec import Codec
 from ruvllm_core.model.detokenizer import Detokenizer
 
@@ -82,8 +82,6 @@ class Tokenizer:
             from ruvllm_core.model.gguf import GGUFFile
 
             return cls.from_gguf(GGUFFile.open(path).metadata, name=str(path))
-        if isinstance(ref, Path):
-            raise ModelNotFound(f"no file or folder {path}", hint="check the path")
         from ruvllm_core.model.hub import resolve_tokenizer_files
         from ruvllm_core.settings import load_settings
 
@@ -130,10 +128,6 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes of one token (a space for SentencePiece's ``▁``); none for ids that have no token."""
         return self._codec.token_bytes(token)
-
-    def is_special(self, token: int) -> bool:
-        """Whether `token` is markup, left out of text by default."""
-        return token in self._codec.special_ids
 
     def detokenizer(self, prompt_ids: Sequence[int] = (), skip_special: bool = True) -> Detokenizer:
         """An incremental decoder for the ids that follow `prompt_ids`."""
