@@ -111,7 +111,7 @@ def test_local_folders(names: list[str], expected: str, tmp_path: Path, settings
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "is empty"),
+        ([], "it has: nothing"),
         (["README.md"], "it has no config.json and no .gguf file\n  it has: README.md"),
         (["model.safetensors"], "it has no config.json"),
         (["config.json"], "it has no *.safetensors"),

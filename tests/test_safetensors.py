@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
-from ruvllm_core.model.safetensors import INDEX_FILE, SafetensorsFile, SafetensorsFolder, read_json
+from ruvllm_core.model.safetensors import INDEX_FILE, Safetensors, open_file, open_folder, read_json
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -29,9 +29,9 @@ def entry(start: int, stop: int, shape: list[Any], dtype: str = "F32") -> dict[s
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
-def opened(path: Path, content: bytes) -> SafetensorsFile:
+def opened(path: Path, content: bytes) -> Safetensors:
     path.write_bytes(content)
-    return SafetensorsFile(path)
+    return open_file(path)
 
 
 @pytest.mark.parametrize("scheme", DTYPES)
@@ -42,7 +42,7 @@ def test_equals_the_library(tmp_path: Path, scheme: str) -> None:
         for name, shape in {"vector": (7,), "matrix": (5, 9), "cube": (2, 3, 4)}.items()
     }
     save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt"})
-    file = SafetensorsFile(tmp_path / "m.safetensors")
+    file = open_file(tmp_path / "m.safetensors")
     assert set(file) == set(tensors)
     for name, tensor in tensors.items():
         assert file[name].scheme == scheme
@@ -55,16 +55,19 @@ def test_equals_the_library(tmp_path: Path, scheme: str) -> None:
 
 def test_other_types_harm_only_those_who_ask(tmp_path: Path) -> None:
     save_file({"ids": torch.arange(3), "w": torch.ones(2, 2), "d": torch.ones(2).double()}, tmp_path / "m.safetensors")
-    file = SafetensorsFile(tmp_path / "m.safetensors")
+    file = open_file(tmp_path / "m.safetensors")
     assert file["w"].shape == (2, 2)
     for name, dtype in (("ids", "I64"), ("d", "F64")):
         with pytest.raises(FormatError, match=rf"m\.safetensors: tensor '{name}' has type {dtype}"):
             file[name]
+    strange = opened(tmp_path / "n.safetensors", container({"a": entry(0, 4, [5], "f32")}, bytes(4)))
+    with pytest.raises(FormatError, match="tensor 'a' has type f32, which cannot be read"):
+        strange["a"]
 
 
 def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     save_file({"scalar": torch.tensor(1.0), "none": torch.ones(0, 4)}, tmp_path / "m.safetensors")
-    file = SafetensorsFile(tmp_path / "m.safetensors")
+    file = open_file(tmp_path / "m.safetensors")
     for name in ("scalar", "none"):
         with pytest.raises(FormatError, match=f"tensor '{name}' of shape .* has no rows of values"):
             file[name]
@@ -74,7 +77,7 @@ def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\x10\x00", "ends after 2 bytes"),
+        (b"\x10\x00", "announces a header of 16 bytes, but has 2 bytes"),
         ((2**63).to_bytes(8, "little") + b"{}", r"announces a header of 9223372036854775808 bytes"),
         ((50).to_bytes(8, "little") + b"{}", "announces a header of 50 bytes, but has 10"),
         (container(b"{nonsense"), "the header is not valid JSON"),
@@ -104,11 +107,11 @@ def test_damaged_files(tmp_path: Path, content: bytes, message: str) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no such file"):
-        SafetensorsFile(tmp_path / "m.safetensors")
+        open_file(tmp_path / "m.safetensors")
     with pytest.raises(ModelError, match="cannot read"):
-        SafetensorsFile(tmp_path)
+        open_file(tmp_path)
     with pytest.raises(ModelNotFound, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
-        SafetensorsFolder(tmp_path)
+        open_folder(tmp_path)
 
 
 VALID = save({"a": torch.ones(3, 4), "b": torch.ones(5).half(), "c": torch.ones(2).to(torch.bfloat16)})
@@ -142,7 +145,7 @@ def shards(folder: Path, **weight_map: Any) -> Path:
 
 
 def test_shards(tmp_path: Path) -> None:
-    folder = SafetensorsFolder(shards(tmp_path, a="one.safetensors", b="one.safetensors", c="two.safetensors"))
+    folder = open_folder(shards(tmp_path, a="one.safetensors", b="one.safetensors", c="two.safetensors"))
     assert set(folder) == {"a", "b", "c"}
     assert len(folder) == 3
     assert folder["c"].dequantize().tolist() == [2.0] * 4
@@ -163,7 +166,7 @@ def test_shards(tmp_path: Path) -> None:
 )
 def test_wrong_index(tmp_path: Path, weight_map: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        SafetensorsFolder(shards(tmp_path, **weight_map))
+        open_folder(shards(tmp_path, **weight_map))
 
 
 def test_read_json(tmp_path: Path) -> None:
@@ -173,5 +176,5 @@ def test_read_json(tmp_path: Path) -> None:
     path.write_text('{"a": [1, 2]}')
     assert read_json(path) == {"a": [1, 2]}
     path.write_text("")
-    with pytest.raises(FormatError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(FormatError, match=r"config\.json is empty"):
         read_json(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,25 +14,17 @@ from typing import Any
 
 from ruvllm_core.errors import ModelError, ModelNotFound
 from ruvllm_core.log import get_logger
-from ruvllm_core.model.hub import SAFETENSORS_INDEX, TOKENIZER_FILES, hub_dir, not_here, repo_dir, snapshot_folder
+from ruvllm_core.model.hub import hub_dir, not_here, repo_dir, snapshot_folder
 from ruvllm_core.model.ref import PICKLES, ModelRef, choose_gguf
+from ruvllm_core.model.safetensors import INDEX_FILE, SINGLE_FILE
 from ruvllm_core.settings import Settings
 
 log = get_logger("download")
 #: huggingface_hub goes on by itself after some failures, not after all (a reset connection is one).
 _ATTEMPTS = 3
 _MORE_SPACE = "delete models with ruvllm rm, or name another place with RUVLLM_CACHE_DIR"
-_TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    *TOKENIZER_FILES,
-)
+# What `hf_tokenizer` and the families read, and what a missing tokenizer.json can be made of.
+_TEXT_FILES = r"(config|generation_config|tokenizer_config|special_tokens_map)\.json|tokenizer\..+|chat_template\.jinja"
 
 
 def download_model(model: ModelRef, settings: Settings, *, progress: bool = True, tokenizer_only: bool = False) -> Path:
@@ -89,15 +82,15 @@ def _wanted(
     names: Sequence[str], model: ModelRef, settings: Settings, tokenizer_only: bool
 ) -> tuple[list[str], str | None]:
     """The files to download of a repository, and the GGUF file among them if that is the model."""
-    texts = [name for name in names if name in _TEXT_FILES]
-    if tokenizer_only and model.file is None and any(name in TOKENIZER_FILES for name in texts):
+    texts = [name for name in names if re.fullmatch(_TEXT_FILES, name)]
+    if tokenizer_only and model.file is None and any(name.startswith("tokenizer.") for name in texts):
         return texts, None
-    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    if SAFETENSORS_INDEX in names:
-        shards = [name for name in weights if "-of-" in name and not name.startswith("consolidated")]
-        weights = [SAFETENSORS_INDEX, *shards]
-    elif "model.safetensors" in names:
-        weights = ["model.safetensors"]
+    weights = [name for name in names if name == SINGLE_FILE]
+    if INDEX_FILE in names:
+        weights = [
+            INDEX_FILE,
+            *(name for name in names if re.fullmatch(r"(?!consolidated)[^/]*-of-[^/]*\.safetensors", name)),
+        ]
     if model.file is None and "config.json" in texts and weights:
         return texts + weights, None
     gguf = choose_gguf(names, model.file, settings.quantization, model.text)

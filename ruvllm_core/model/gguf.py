@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,7 @@ import numpy as np
 
 from ruvllm_core.model.gguf_parser import DEFAULT_ALIGNMENT, MAX_DIMS, MAX_KEY, MAX_NAME, Parser, ValueType
 from ruvllm_core.model.mapping import map_file
-from ruvllm_core.model.quant import SCHEME_OF_GGML_TYPE, SCHEMES, QuantTensor
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies.
-
-    Attributes:
-        name: as in the file, for example ``blk.0.attn_q.weight``.
-        shape: row-major, that is GGUF's dimensions reversed: a matrix is ``(rows, columns)``.
-        scheme: a key of `ruvllm_core.model.quant.SCHEMES`.
-        offset: bytes from the start of the file.
-        nbytes: encoded size.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    scheme: str
-    offset: int
-    nbytes: int
+from ruvllm_core.model.quant import SCHEME_OF_GGML_TYPE, SCHEMES, QuantTensor, Scheme
 
 
 class GGUFFile:
@@ -52,13 +32,13 @@ class GGUFFile:
         types: the value type of every key; for an array, ``ARRAY`` followed by its element type. With `metadata` this
             is what a writer needs to reproduce the metadata exactly.
         alignment: of tensor data, in bytes.
-        tensors: by name, in the order of the file.
+        tensors: by name, for example ``blk.0.attn_q.weight``, in the order of the file: read-only views of the
+            mapping, of which nothing is read yet. Shapes are row-major, that is GGUF's dimensions reversed.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap | bytes) -> None:
         """Parse `mapping`, the whole content of `path`. Raises `FormatError`."""
         self.path = path
-        self._bytes = np.frombuffer(mapping, dtype=np.uint8)
         parser = Parser(path, mapping)
         self.version, tensor_count, metadata_count = parser.header()
         self.metadata: dict[str, Any] = {}
@@ -75,7 +55,7 @@ class GGUFFile:
         self.alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(self.alignment) is not int or self.alignment < 8 or self.alignment & (self.alignment - 1):
             parser.fail(f"{self.alignment!r} is not a power of two of at least 8")
-        self.tensors = _read_tensor_infos(parser, tensor_count, self.alignment)
+        self.tensors = _read_tensors(parser, tensor_count, self.alignment)
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -88,25 +68,14 @@ class GGUFFile:
         """
         return cls(Path(path), map_file(Path(path)))
 
-    def tensor(self, name: str) -> QuantTensor:
-        """The tensor called `name`, which must be there, as a read-only view of the mapping; nothing is read yet."""
-        info = self.tensors[name]
-        row_bytes = SCHEMES[info.scheme].row_bytes(info.shape[-1])
-        data = self._bytes[info.offset : info.offset + info.nbytes].reshape(-1, row_bytes)
-        return QuantTensor(info.scheme, info.shape, data)
 
-    def find(self, name: str) -> QuantTensor | None:
-        """The tensor called `name`, or None if there is none."""
-        return self.tensor(name) if name in self.tensors else None
-
-
-def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, TensorInfo]:
-    infos: dict[str, TensorInfo] = {}
+def _read_tensors(parser: Parser, count: int, alignment: int) -> dict[str, QuantTensor]:
+    found: dict[str, tuple[Scheme, tuple[int, ...], int, int]] = {}  # scheme, shape, first byte of the data, size
     for index in range(count):
         parser.where = f"tensor {index}"
         name = parser.name(MAX_NAME)
         parser.where = f"tensor '{name}'"
-        if name in infos:
+        if name in found:
             parser.fail("the name occurs twice")
         if not 1 <= (num_dims := parser.u32()) <= MAX_DIMS:
             parser.fail(f"{num_dims} dimensions, expected 1 to {MAX_DIMS}")
@@ -121,14 +90,18 @@ def _read_tensor_infos(parser: Parser, count: int, alignment: int) -> dict[str, 
         offset = parser.u64()
         if offset % alignment:
             parser.fail(f"offset {offset} is not a multiple of the alignment {alignment}")
-        infos[name] = TensorInfo(name, shape, scheme.name, offset, nbytes)
+        found[name] = (scheme, shape, offset, nbytes)
     data_start = -(-parser.position // alignment) * alignment
     previous, free = "", 0
-    for info in sorted(infos.values(), key=lambda i: i.offset):
-        parser.where = f"tensor '{info.name}'"
-        if info.offset < free:
+    for name, (_, _, offset, nbytes) in sorted(found.items(), key=lambda item: item[1][2]):
+        parser.where = f"tensor '{name}'"
+        if offset < free:
             parser.fail(f"overlaps tensor '{previous}'")
-        previous, free = info.name, info.offset + info.nbytes
+        previous, free = name, offset + nbytes
         if data_start + free > parser.end:
             parser.fail(f"its data end at byte {data_start + free}, but the file at {parser.end}")
-    return {i.name: TensorInfo(i.name, i.shape, i.scheme, data_start + i.offset, i.nbytes) for i in infos.values()}
+    data = np.frombuffer(parser.buffer, dtype=np.uint8)[data_start:]
+    return {
+        name: QuantTensor(scheme.name, shape, data[at : at + nbytes].reshape(-1, scheme.row_bytes(shape[-1])))
+        for name, (scheme, shape, at, nbytes) in found.items()
+    }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruvllm_core.errors import TokenizerError
 from ruvllm_core.model.codec import FastCodec
+from ruvllm_core.model.safetensors import read_json
 from ruvllm_core.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     What is added to a text is decided by the post-processor of ``tokenizer.json`` alone, as in `transformers`.
 
     Raises:
-        TokenizerError: the file is not there, or it or another one is damaged or of a kind that cannot be read.
+        TokenizerError: the file is not there, damaged, or of a kind that cannot be read.
+        FormatError: another file is damaged.
     """
     from tokenizers import Tokenizer as FastTokenizer
 
@@ -83,15 +84,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in `path`, or an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise TokenizerError(f"{path}: {error}", hint="the file is damaged; download it again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: expected an object, found {type(value).__name__}", hint="download it again")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _ids(value: Any) -> list[int]:

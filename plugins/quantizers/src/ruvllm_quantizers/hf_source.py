@@ -18,7 +18,7 @@ from ruvllm_core.decode.rope import inverse_frequencies
 from ruvllm_core.errors import ModelError
 from ruvllm_core.model.loader import open_model
 from ruvllm_core.model.quant import QuantTensor
-from ruvllm_core.model.safetensors import SafetensorsFolder
+from ruvllm_core.model.safetensors import Safetensors, open_folder
 from ruvllm_core.model.spec import ModelSpec, RopeScaling, TensorSource
 from ruvllm_core.registry import Registry
 
@@ -45,7 +45,7 @@ def hf_source(folder: Path, registry: Registry) -> Source:
             f"{folder}: models of the family {spec.architecture!r} cannot be written as GGUF yet",
             hint=f"known are {', '.join(_ARCHITECTURES)}",
         )
-    stored = SafetensorsFolder(folder)
+    stored = open_folder(folder)
     tensors: dict[str, SourceTensor] = {}
     for source in model.sources.values():
         if source.gguf not in tensors:
@@ -60,7 +60,7 @@ def hf_source(folder: Path, registry: Registry) -> Source:
     return Source(folder, metadata, tuple(tensors.values()))
 
 
-def _tensor(source: TensorSource, stored: SafetensorsFolder, spec: ModelSpec, interleave: bool) -> SourceTensor:
+def _tensor(source: TensorSource, stored: Safetensors, spec: ModelSpec, interleave: bool) -> SourceTensor:
     if source.hf_rows != source.gguf_rows:
         raise ModelError(f"the tensor '{source.hf}' is divided differently in GGUF, which cannot be converted yet")
     whole = stored[source.hf]

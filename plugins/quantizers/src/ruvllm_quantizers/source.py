@@ -64,7 +64,7 @@ def gguf_source(path: Path) -> Source:
     """A GGUF file as a source. Raises what `open_gguf` raises."""
     file = open_gguf(path)
     tensors = tuple(
-        SourceTensor(info.name, info.shape, info.scheme, lambda name=info.name: file.tensor(name))  # type: ignore[misc]
-        for info in file.tensors.values()
+        SourceTensor(name, tensor.shape, tensor.scheme, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in file.tensors.items()
     )
     return Source(path, file.metadata, tensors, file.types)

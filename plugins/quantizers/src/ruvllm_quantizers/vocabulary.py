@@ -19,7 +19,6 @@ from ruvllm_core.model.sentencepiece import TokenType
 from ruvllm_core.model.tokenizer import Tokenizer
 
 _PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "default")
-_UNUSED = 5  # type of ids that no token has
 _PROBE = (
     "Hello  World,\tit's I'M don'T 1 12 1234567 3.14e-5 x86_64\n\n\n  def camelCase(self):\r\n\t\treturn [None]*2 ** 3"
     "\n    // \u00fcber na\u00efve cafe\u0301 \ufb01 \u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093 \ud55c\uad6d "
@@ -60,7 +59,7 @@ def _pieces(path: Path, vocab_size: int) -> dict[str, Any]:
         raise TokenizerError(f"{path}: only BPE tokenizers can be stored in GGUF")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     pieces = [f"[PAD{token}]" for token in range(vocab_size)]
-    types = np.full(vocab_size, _UNUSED, dtype=np.int32)
+    types = np.full(vocab_size, TokenType.UNUSED, dtype=np.int32)
     for piece, token in model["vocab"].items():
         pieces[token], types[token] = piece, TokenType.NORMAL
     by_bytes = bool(model.get("byte_fallback"))
