@@ -120,6 +120,13 @@ def test_logprobs_are_the_models_own() -> None:
     assert list(sampled.top_logprobs.values()) == pytest.approx(np.sort(expected)[::-1][:4], abs=1e-6)
 
 
+def test_the_smallest_temperature_is_greedy() -> None:
+    logits = logits_of(2000, 2)
+    for top_p in (0.9, 1.0):
+        sampler = Sampler(GenerateParams(temperature=5e-324, top_p=top_p), PROMPT, 2000)
+        assert sampler.sample(logits).token == int(logits.argmax())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [np.nan, "all forbidden"])
 def test_impossible_logits_are_an_error(temperature: float, bad: object) -> None:

@@ -103,7 +103,9 @@ class Sampler:
     def distribution(self, adjusted: FloatArray) -> Distribution:
         """What a token is drawn from, for a temperature above 0; `adjusted` comes from `adjust`."""
         params = self._params
-        scaled = adjusted.astype(np.float64) / params.temperature
+        # From the maximum down, so that no temperature is too small to divide by: -inf is a probability of 0.
+        with np.errstate(over="ignore"):
+            scaled = (adjusted.astype(np.float64) - adjusted.max()) / params.temperature
         ids = self._most_likely(scaled)
         weights = np.exp(scaled[ids] - scaled[ids[0]])
         keep = weights >= params.min_p
