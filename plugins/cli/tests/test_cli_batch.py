@@ -93,6 +93,7 @@ def test_one_configuration_file_decides_it_all(ruvllm, tiny: Path, tmp_path: Pat
         ('{"prompt": "x", "params": {"temprature": 1}}', ["temprature", "did you mean temperature?"]),
         ('{"prompt": "x", "params": {"temperature": -1}}', ["temperature", "greater than or equal to 0"]),
         ("[" * 100_000, ["is not JSON"]),
+        ('{"prompt": "x", "id": NaN}', ["is not JSON", "NaN"]),
     ],
 )
 def test_a_bad_line_is_named_before_anything_runs(ruvllm, tmp_path: Path, line: str, words: list[str]) -> None:
@@ -243,3 +244,20 @@ def test_half_a_surrogate_pair_fails_alone(ruvllm, tiny: Path, tmp_path: Path) -
     bad, good = read_lines(target)
     assert (bad["id"], bad["error_type"]) == ("\udc00", "TokenizerError")
     assert "error" not in good
+
+
+def test_answers_go_through_pipes_and_links_and_leave_them_there(ruvllm, tiny: Path, tmp_path: Path) -> None:
+    source, pipe = write_lines(tmp_path / "in.jsonl", *ROWS), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    call = ("run", tiny, "--prompt-file", source, "--max-tokens", "2", *GREEDY, "--log-level", "error", "--output")
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    assert ruvllm(*call, pipe).code == 0
+    read = reader.communicate(timeout=30)[0]
+    assert pipe.is_fifo()
+    target, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(target)
+    assert ruvllm(*call, link).code == 0
+    assert link.is_symlink()
+    for rows in (read_lines(target), [json.loads(line) for line in read.splitlines()]):
+        assert [row["id"] for row in rows] == ["a", 7, None]
+    assert list(tmp_path.glob("*.part")) == []

@@ -123,6 +123,25 @@ def test_save_and_load(ruvllm, tiny: Path, tmp_path: Path, asked) -> None:
     assert sorted(path.name for path in tmp_path.glob("chat*")) == ["chat.json"]
 
 
+def test_save_leaves_a_pipe_a_pipe(ruvllm, tiny: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    ruvllm("chat", tiny, *SHORT, stdin=f"/system S\n/save {pipe}")
+    assert json.loads(reader.communicate(timeout=30)[0])["system"] == "S"
+    assert pipe.is_fifo()
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_an_interrupt_before_the_answer_begins(ruvllm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    result = ruvllm("chat", tiny, *SHORT, stdin="Hello")
+    assert (result.code, "unexpected" in result.err) == (130, False), result.err
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "5", '{"system": 1, "messages": []}', "[" * 100_000])
 def test_what_is_no_saved_conversation(ruvllm, tiny: Path, tmp_path: Path, content: str) -> None:
     file = tmp_path / "chat.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +138,20 @@ def test_wrong_use_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:
     content = source.read_bytes()
     (tmp_path / "there.gguf").write_bytes(b"precious")
     (tmp_path / "link.gguf").symlink_to(source)
+    os.mkfifo(tmp_path / "pipe")
     for destination, options, message in [
         ("there.gguf", (), "exists; use --force"),
         ("in.gguf", ("--force",), "SRC and DST are the same file"),
         ("link.gguf", ("--force",), "SRC and DST are the same file"),
         ("no/out.gguf", (), "there is no folder"),
+        ("pipe", ("--force",), "is no file"),
     ]:
         result = run(source, tmp_path / destination, "--scheme", "q8_0", *options)
         assert result.exit_code == 2 and message in result.stderr
     assert run(source, tmp_path / "out.gguf").exit_code == 2  # no scheme
     assert source.read_bytes() == content and (tmp_path / "there.gguf").read_bytes() == b"precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.gguf", "link.gguf", "there.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.gguf", "link.gguf", "pipe", "there.gguf"]
+    assert (tmp_path / "pipe").is_fifo()
     assert run(source, tmp_path / "there.gguf", "--scheme", "q8_0", "--force").exit_code == 0
     assert GGUFFile.open(tmp_path / "there.gguf").version == 3
 

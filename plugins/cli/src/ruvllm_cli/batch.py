@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruvllm_cli.options import read_text, sampling_params
+from ruvllm_cli.options import read_text, sampling_params, write_place
 from ruvllm_core.errors import ConfigError, RequestError, RuvLLMError, near
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_jobs(file: Path, settings: Settings) -> list[Job]:
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             try:
-                jobs.append(_job(len(jobs), json.loads(line), settings))
+                jobs.append(_job(len(jobs), json.loads(line, parse_constant=_no_number), settings))
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"{file}:{number} is not JSON: {error}", hint="one JSON object a line") from None
             except RequestError as error:
@@ -58,6 +58,10 @@ def read_jobs(file: Path, settings: Settings) -> list[Job]:
     if not jobs:
         raise RequestError(f"{file} has no prompts", hint='write one JSON object a line, as in {"prompt": "Hello"}')
     return jobs
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is a number of Python's alone")
 
 
 def _job(index: int, row: Any, settings: Settings) -> Job:
@@ -94,13 +98,13 @@ def answers_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Gives a function that adds a row to the JSONL file at `path`.
 
     Rows collect in ``PATH.part``, which takes the place of `path` when all is done, or when it ends early with some
-    rows written. Raises `ConfigError` at once if the file cannot be written.
+    rows written; a pipe or a device gets them at once. Raises `ConfigError` at once if the file cannot be written.
     """
     rows = 0
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        part = path.with_name(path.name + ".part")
+        part, target = write_place(path)
         file = part.open("w", encoding="utf-8", errors="backslashreplace")  # as JSON spells half a surrogate pair
     except OSError as error:
         raise ConfigError(f"cannot write answers to {path}: {error.strerror}", hint="name another --output") from None
@@ -115,10 +119,11 @@ def answers_file(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         with file:
             yield write
     finally:
-        if rows:
-            part.replace(path)
-        else:
-            part.unlink()
+        if part != target:
+            if rows:
+                part.replace(target)
+            else:
+                part.unlink()
 
 
 def run_jobs(engine: Engine, jobs: Sequence[Job], write: Callable[[Mapping[str, Any]], None], *, template: bool) -> int:

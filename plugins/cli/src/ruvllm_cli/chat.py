@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ruvllm_cli.batch import is_message
-from ruvllm_cli.options import read_text, sampling_params
+from ruvllm_cli.options import read_text, sampling_params, write_place
 from ruvllm_core.errors import PromptTooLong, RequestError, near
 
 if TYPE_CHECKING:
@@ -60,13 +60,15 @@ class Chat:
     def _answer(self, messages: list[dict[str, str]]) -> None:
         system = [{"role": "system", "content": self.system}] if self.system else []
         params = sampling_params(self._settings, **self._changes)
-        text = ""
+        text, stream = "", None
         try:
             stream = self._engine.stream(system + messages, params)
             for event in stream:
                 text += event.text
                 click.echo(event.text, nl=False)
         except KeyboardInterrupt:
+            if stream is None:
+                raise
             stream.cancel()
         except PromptTooLong as error:
             raise PromptTooLong(error.message, hint="/clear forgets what was said; --max-context makes room") from None
@@ -102,12 +104,14 @@ class Chat:
     def _do_save(self, text: str) -> None:
         file = _file("save", text)
         saved = {"model": self._engine.info.model, "system": self.system, "messages": self.messages}
-        part = file.with_name(file.name + ".part")
+        part, target = write_place(file)
         try:
-            part.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            part.replace(file)
+            part.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", "utf-8", "backslashreplace")
+            if part != target:
+                part.replace(target)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            if part != target:
+                part.unlink(missing_ok=True)
             raise RequestError(f"cannot write {file}: {error.strerror}", hint="name another file") from None
 
     def _do_load(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,14 @@ def read_text(file: Path | None) -> str:
         raise RequestError(f"cannot read {name}: {error.strerror}", hint="check the path") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8 text: byte {error.start} is wrong", hint="convert it first") from None
+
+
+def write_place(file: Path) -> tuple[Path, Path]:
+    """Where to write what is to be in `file`, and what that takes the place of when it is whole.
+
+    Both are `file` itself if it is a pipe or a device, which must stay one; a link stays a link, to a new file.
+    """
+    if file.exists() and not file.is_file():
+        return file, file
+    target = Path(os.path.realpath(file))
+    return target.with_name(target.name + ".part"), target

@@ -30,6 +30,8 @@ def command(
     """
     from ruvllm_core.model.hub import resolve
 
+    if destination.exists() and not destination.is_file():
+        raise click.UsageError(f"{destination} is no file that could be replaced")
     if destination.exists() and not force:
         raise click.UsageError(f"{destination} exists; use --force to replace it")
     folder = destination.absolute().parent
