@@ -20,17 +20,11 @@ if TYPE_CHECKING:
 
 # Resolved on first use, so that a plugin's discovery or `ruvllm --help` imports no more than it needs.
 _HOMES = {
-    "Engine": "ruvllm_core.generate.engine",
-    "GenerateParams": "ruvllm_core.generate.request",
-    "Generation": "ruvllm_core.generate.request",
-    "StreamEvent": "ruvllm_core.generate.request",
-    "Trajectory": "ruvllm_core.generate.request",
-    "Tokenizer": "ruvllm_core.model.tokenizer",
-    "Registry": "ruvllm_core.registry",
-    "CacheConfig": "ruvllm_core.settings",
-    "ModelConfig": "ruvllm_core.settings",
-    "Settings": "ruvllm_core.settings",
-    "load_settings": "ruvllm_core.settings",
+    "generate.engine": ("Engine",),
+    "generate.request": ("GenerateParams", "Generation", "StreamEvent", "Trajectory"),
+    "model.tokenizer": ("Tokenizer",),
+    "registry": ("Registry",),
+    "settings": ("CacheConfig", "ModelConfig", "Settings", "load_settings"),
 }
 
 __all__ = [
@@ -50,8 +44,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ruvllm_core.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

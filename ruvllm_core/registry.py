@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -19,8 +21,6 @@ from ruvllm_core.log import get_logger
 from ruvllm_core.settings import Settings, validate_options
 
 BUILTIN = "core"
-# What foreign code may raise and a plugin be blamed for; an import that calls sys.exit() is one more broken plugin.
-_FAULTS = (Exception, SystemExit)
 _log = get_logger("registry")
 
 
@@ -50,18 +50,23 @@ class Entry(Owner):
             return None
         try:
             return self.offer.probe()
-        except _FAULTS as error:  # a probe is foreign code; what it raises is its reason
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a probe is foreign code; what it raises is its reason
             return f"its probe failed: {type(error).__name__}: {error}"
 
     def load(self) -> Any:
         """Import the implementation. Raises `PluginError` from whatever went wrong."""
         module_name, _, attribute = self.offer.target.partition(":")
         try:
-            value: Any = importlib.import_module(module_name)
+            with redirect_stdout(sys.stderr):  # stdout is for answers
+                value: Any = importlib.import_module(module_name)
             for part in attribute.split("."):
                 value = getattr(value, part)
             return value
-        except _FAULTS as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.distribution} {self.version} cannot be loaded from "
                 f"{self.offer.target}: {type(error).__name__}: {error}",
@@ -95,7 +100,9 @@ class Registry:
         """A registry of the built-ins and of every installed plugin."""
         registry = cls(settings)
         registry.register(importlib.import_module("ruvllm_core.builtin"), BUILTIN, "ruvllm-core", __version__)
-        for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+        # By distribution too: who keeps a name that two claim must not depend on where they are installed.
+        points = entry_points(group=ENTRY_POINT_GROUP)
+        for point in sorted(points, key=lambda point: (point.name, point.dist.name if point.dist else "")):
             registry._register_entry_point(point)
         return registry
 
@@ -206,13 +213,16 @@ class Registry:
 
     def _admit(self, load: Callable[[], ModuleType], owner: Owner) -> None:
         try:
-            module = load()
+            with redirect_stdout(sys.stderr):  # stdout is for answers
+                module = load()
             if taken := self._modules.get(owner.plugin):
                 holder = f"{taken[1].distribution} {taken[1].version}"
                 raise PluginConflict(f"the plugin name {owner.plugin} is taken by {holder}")
             self._entries += _collect(module, owner)
             self._modules[owner.plugin] = module, owner
-        except _FAULTS as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() or a native panic on import is one more broken plugin
             reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             self.quarantined.append(Quarantined(**vars(owner), reason=reason, error=error))
 

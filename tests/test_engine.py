@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -87,8 +90,6 @@ def _registry() -> Registry:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    import sys
-
     # The offer's target is imported by name, and pytest's import mode leaves this module out of sys.modules.
     sys.modules.setdefault(__name__, sys.modules.get(__name__) or ModuleType(__name__))
     sys.modules[__name__].RecordingLoop = RecordingLoop  # type: ignore[attr-defined]
@@ -390,3 +391,69 @@ def test_kernels_that_fail_are_passed_over_unless_asked_for() -> None:
         Engine.load(settings=settings, registry=registry, config=ModelConfig(kernels=["failing", "absent"]))
     with pytest.raises(TypeError):
         Engine.load(settings=settings, registry=registry, config=ModelConfig(kernels=["failing"]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda engine: engine.generate_batch("hello"), "not one text"),
+        (lambda engine: engine.generate(b"hello"), "cannot be bytes"),
+        (lambda engine: engine.generate(None), "cannot be NoneType"),
+        (lambda engine: engine.generate("hello", {"max_tokens": 3}), "expected GenerateParams"),
+    ],
+)
+def test_what_is_no_request(engine: Engine, call: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        call(engine)
+
+
+def test_numpy_ids_are_ids(engine: Engine) -> None:
+    ids = np.array(engine.encode_prompt(QUESTION))
+    assert engine.encode_prompt(ids) == engine.encode_prompt(list(ids)) == ids.tolist()
+
+
+def test_a_cancelled_stream_says_so(engine: Engine) -> None:
+    stream = engine.stream(QUESTION, GenerateParams(max_tokens=400, temperature=0.0, ignore_eos=True))
+    next(stream)
+    stream.cancel()
+    assert list(stream)[-1].finish_reason == "cancelled"
+
+
+def test_a_backend_that_dies_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(request_id: str) -> None:
+        raise RuntimeError("no way back")
+
+    with Engine.load(settings=Settings(), config=ModelConfig(max_context=64)) as engine:
+        monkeypatch.setattr(engine._parts.backend, "cancel", broken)
+        stream = engine.stream(QUESTION, GenerateParams(max_tokens=20, ignore_eos=True))
+        next(stream)
+        stream.cancel()
+        with pytest.raises(GenerationError, match="no way back"):
+            stream.result()
+        with pytest.raises(GenerationError):
+            engine.generate(QUESTION)
+
+
+def test_a_dropped_engine_is_freed() -> None:
+    engine = Engine.load(settings=Settings(), config=ModelConfig(max_context=64))
+    stream = engine.stream(QUESTION, GenerateParams(max_tokens=4, ignore_eos=True))
+    worker = engine._worker
+    del engine
+    assert len(stream.result().token_ids) == 4  # a stream keeps its engine
+    del stream
+    gc.collect()
+    worker._thread.join(timeout=10)
+    assert not worker._thread.is_alive()
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
+def test_a_program_may_end_in_the_middle_of_an_answer(ending: str) -> None:
+    program = f"""
+from ruvllm_core import Engine, GenerateParams, ModelConfig
+engine = Engine.load("smollm2", config=ModelConfig(max_context=512))
+stream = engine.stream("Count to a thousand.", GenerateParams(max_tokens=400, ignore_eos=True))
+next(stream)
+{ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (3 if ending else 0, "")

@@ -43,12 +43,12 @@ class Answer:
         self._events: list[TokenEvent] = []
         self._submitted = self._first = self._last = time.perf_counter()
         self.finish_reason: FinishReason | None = None
+        self._done: Generation | None = None
 
     def push(self, event: TokenEvent) -> None:
         """Take a token; afterwards `finish_reason` is set if it was the last one."""
         if event.error is not None:
-            self.fail(event.error)
-            return
+            return self.fail(event.error)
         self._last = time.perf_counter()
         if not self._events:
             self._first = self._last
@@ -63,37 +63,36 @@ class Answer:
         self._emit(StreamEvent(self.request.id, text, event.token_id, reason, event.logprob, event.top_logprobs))
         if reason is not None:
             self._finish(reason)
+        return None
 
     def cancel(self) -> None:
         """End here, with what there is."""
-        if text := self._end():
-            self._emit(StreamEvent(self.request.id, text, None))
+        self._emit(StreamEvent(self.request.id, self._end(), None, "cancelled"))
         self._finish("cancelled")
 
     def fail(self, error: Exception) -> None:
         """End with an error, which the consumer will see raised."""
         self.finish_reason = "error"
         if not isinstance(error, RuvLLMError):
-            wrapped = GenerationError(f"request {self.request.id} failed: {type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            error = wrapped
+            cause, what = error, f"{type(error).__name__}: {error}"
+            error = GenerationError(f"request {self.request.id} failed: {what}")
+            error.__cause__ = cause
         self.sink(error)
 
     def trajectory(self) -> Trajectory:
         """What learning gets to see. Call it when finished."""
-        assert self.finish_reason is not None
+        done, adapter = self._done, self.request.adapter
+        assert done is not None
         hidden = [event.hidden for event in self._events if event.hidden is not None]
-        logprobs = [event.logprob for event in self._events if event.logprob is not None]
-        adapter = self.request.adapter
         return Trajectory(
             request_id=self.request.id,
             prompt_ids=self.request.prompt_ids,
-            output_ids=self._ids(),
-            text="".join(self._text),
-            finish_reason=self.finish_reason,
+            output_ids=done.token_ids,
+            text=done.text,
+            finish_reason=done.finish_reason,
             params=self.request.params,
             adapter_version=adapter.version if adapter is not None else None,
-            logprobs=np.array(logprobs, dtype=np.float32) if logprobs else None,
+            logprobs=None if done.logprobs is None else np.array(done.logprobs, dtype=np.float32),
             hidden=np.stack(hidden) if hidden else None,
         )
 
@@ -111,21 +110,17 @@ class Answer:
         logprobs = tuple(event.logprob for event in self._events if event.logprob is not None)
         wanted = self.request.params.logprobs
         cached = self._events[0].cached_tokens if self._events else 0
-        self.sink(
-            Generation(
-                request_id=self.request.id,
-                text="".join(self._text),
-                token_ids=self._ids(),
-                finish_reason=reason,
-                usage=Usage(len(self.request.prompt_ids), len(self._events), cached),
-                timings=self._timings(),
-                logprobs=logprobs if wanted is not None else None,
-                top_logprobs=tops if wanted else None,
-            )
+        self._done = Generation(
+            request_id=self.request.id,
+            text="".join(self._text),
+            token_ids=tuple(event.token_id for event in self._events if event.token_id is not None),
+            finish_reason=reason,
+            usage=Usage(len(self.request.prompt_ids), len(self._events), cached),
+            timings=self._timings(),
+            logprobs=logprobs if wanted is not None else None,
+            top_logprobs=tops if wanted else None,
         )
-
-    def _ids(self) -> tuple[int, ...]:
-        return tuple(event.token_id for event in self._events if event.token_id is not None)
+        self.sink(self._done)
 
     def _timings(self) -> Timings:
         if not self._events:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ Message = Mapping[str, Any]
 #: A text; chat messages with ``role`` and ``content``; or token ids, which are taken as they are.
 Prompt = str | Sequence[Message] | Sequence[int]
 
+_PROMPTS = "a prompt is a text, a list of chat messages, or a list of token ids"
 _log = get_logger("engine")
 
 
@@ -96,6 +98,8 @@ class Engine:
         template: bool = True,
     ) -> list[Generation]:
         """Answer many prompts at once, in the order given; `params` for all, or one for each."""
+        if isinstance(prompts, str):
+            raise RequestError("generate_batch takes a list of prompts, not one text", hint="generate takes one")
         each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts, but parameters for {len(each)}")
@@ -106,7 +110,7 @@ class Engine:
         """Start answering `prompt` (see `generate`) and return an iterator over the pieces as they come."""
         items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         request = self._submit(prompt, params, template, items.put)
-        return Stream(request.id, items, self._worker)
+        return Stream(request.id, items, self._worker, self)
 
     async def astream(
         self, prompt: Prompt, params: GenerateParams | None = None, *, template: bool = True
@@ -156,9 +160,11 @@ class Engine:
             if template and self.tokenizer.chat_template is not None:
                 return self._render([{"role": "user", "content": prompt}])
             return self.tokenizer.encode(prompt)
-        if prompt and all(isinstance(part, Mapping) for part in prompt):
+        if isinstance(prompt, bytes) or not hasattr(prompt, "__len__"):
+            raise RequestError(f"a prompt cannot be {type(prompt).__name__}", hint=_PROMPTS)
+        if len(prompt) and all(isinstance(part, Mapping) for part in prompt):
             return self._render([dict(cast(Message, message)) for message in prompt])
-        return list(self._check_ids(cast(Sequence[int], prompt)))
+        return self._check_ids(cast(Sequence[int], prompt))
 
     def cache_stats(self) -> CacheStats:
         """What the key/value cache holds now."""
@@ -171,6 +177,10 @@ class Engine:
             self._parts.decoder.close()
             self._parts.model.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_worker"):  # it lacks one if it could not be made
+            self.close()
+
     def __enter__(self) -> Engine:
         return self
 
@@ -179,6 +189,8 @@ class Engine:
 
     def _submit(self, prompt: Prompt, params: GenerateParams | None, template: bool, sink: Sink) -> Request:
         params = params or GenerateParams(**self._settings.sampling.model_dump())
+        if not isinstance(params, GenerateParams):
+            raise RequestError(f"params is {type(params).__name__}, expected GenerateParams")
         prompt_ids, context = self.encode_prompt(prompt, template=template), self.info.max_context
         if not prompt_ids:
             raise RequestError("the prompt is empty", hint="give it at least one character")
@@ -214,11 +226,10 @@ class Engine:
             self._template = ChatTemplate(self.tokenizer.chat_template, bos_token=bos, eos_token=eos)
         return self.tokenizer.encode(self._template.render(messages), add_special=False)
 
-    def _check_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
-        for token in token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.spec.vocab_size:
-                raise RequestError(
-                    f"{token!r} is no token id of this model, which has {self.spec.vocab_size}",
-                    hint="a prompt is a text, a list of chat messages, or a list of token ids",
-                )
-        return token_ids
+    def _check_ids(self, token_ids: Sequence[int]) -> list[int]:
+        ids = [index(token) if hasattr(token, "__index__") else -1 for token in token_ids]
+        for given, token in zip(token_ids, ids, strict=True):
+            if not 0 <= token < self.spec.vocab_size:
+                what = f"{given!r} is no token id of this model, which has {self.spec.vocab_size}"
+                raise RequestError(what, hint=_PROMPTS)
+        return ids

@@ -47,7 +47,7 @@ class SamplingFields(BaseModel):
     top_k: int = Field(0, ge=0)
     top_p: float = Field(0.9, gt=0.0, le=1.0)
     min_p: float = Field(0.0, ge=0.0, lt=1.0)
-    repetition_penalty: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100.0)
     frequency_penalty: float = Field(0.0, ge=-10.0, le=10.0)
     presence_penalty: float = Field(0.0, ge=-10.0, le=10.0)
     logit_bias: dict[int, float] = Field(default_factory=dict)
@@ -72,8 +72,8 @@ class SamplingFields(BaseModel):
     @field_validator("logit_bias")
     @classmethod
     def _finite_bias(cls, value: dict[int, float]) -> dict[int, float]:
-        if any(np.isnan(bias) or bias == np.inf for bias in value.values()):
-            raise ValueError("a bias must be a number below infinity; -inf forbids a token")
+        if not all(bias == -np.inf or abs(bias) <= 1e6 for bias in value.values()):
+            raise ValueError("a bias must be between -1e6 and 1e6, or -inf, which forbids a token")
         return value
 
 

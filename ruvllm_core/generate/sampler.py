@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ruvllm_core.errors import GenerationError, RequestError
+from ruvllm_core.errors import GenerationError
 from ruvllm_core.generate.request import SamplingFields
 from ruvllm_core.protocols import FloatArray
 
@@ -46,7 +46,7 @@ class Sampler:
     Args:
         params: how to sample.
         prompt_ids: the repetition penalty counts them too.
-        vocab_size: V. Raises `RequestError` if the logit bias names a token beyond it.
+        vocab_size: V; the logit bias names no token beyond it.
     """
 
     def __init__(self, params: SamplingFields, prompt_ids: Sequence[int], vocab_size: int) -> None:
@@ -61,8 +61,6 @@ class Sampler:
             self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
         self._bias_ids = np.fromiter(params.logit_bias, dtype=np.int64, count=len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32, count=len(params.logit_bias))
-        if self._bias_ids.size and not 0 <= int(self._bias_ids.min()) <= int(self._bias_ids.max()) < vocab_size:
-            raise RequestError(f"logit_bias names a token outside the vocabulary of {vocab_size}")
 
     def sample(self, logits: FloatArray) -> Sampled:
         """Draw a token from ``[V]`` logits and count it. Raises `GenerationError` if no token is possible."""
@@ -129,8 +127,8 @@ class Sampler:
 
     def _describe(self, adjusted: FloatArray, token: int) -> Sampled:
         logprobs, count = log_softmax(adjusted), min(self._params.logprobs or 0, len(adjusted))
-        top = {int(i): float(logprobs[i]) for i in _top(logprobs, count)} if count else None
-        return Sampled(token, float(logprobs[token]), top)
+        likely = [int(i) for i in _top(logprobs, count) if np.isfinite(logprobs[i])] if count else []
+        return Sampled(token, float(logprobs[token]), {i: float(logprobs[i]) for i in likely} if count else None)
 
 
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:

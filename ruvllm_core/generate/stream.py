@@ -17,8 +17,9 @@ class Stream(Iterator[StreamEvent]):
         request_id: for `Engine.feedback`.
     """
 
-    def __init__(self, request_id: str, items: queue.SimpleQueue[Item], worker: Worker) -> None:
+    def __init__(self, request_id: str, items: queue.SimpleQueue[Item], worker: Worker, engine: object) -> None:
         self.request_id = request_id
+        self._engine = engine  # which would close if nobody held it
         self._items = items
         self._worker = worker
         self._end: Generation | Exception | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -35,9 +36,12 @@ class Worker:
         self._answers: dict[str, Answer] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
+        self._broken: Exception | None = None
         self._lock = threading.RLock()  # a `Stream` collected while its thread is in here cancels itself
         self._thread = threading.Thread(target=self._run, name="ruvllm-worker", daemon=True)
         self._thread.start()
+        # A thread still inside native code when the interpreter ends would take the process down with it.
+        atexit.register(self.close)
 
     def post(self, command: Callable[[], None]) -> None:
         """Run `command` on the worker's thread, some time soon. Raises `GenerationError` once closed."""
@@ -76,10 +80,25 @@ class Worker:
                 return False
             self._closed = True
             self._commands.put(None)
-        self._thread.join()
+        atexit.unregister(self.close)
+        if threading.current_thread() is not self._thread:  # the garbage collector may run anywhere
+            self._thread.join()
         return True
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # a backend that broke its promises must leave nobody waiting
+            _failed("the backend", error)
+            with self._lock:
+                self._closed, self._broken = True, error
+                self._commands.put(None)
+            for answer in self._answers.values():
+                answer.fail(error)
+            for command in iter(self._commands.get, None):
+                command()
+
+    def _serve(self) -> None:
         while True:
             for command in self._waiting():
                 if command is None:
@@ -122,6 +141,8 @@ class Worker:
                 self._finish(answer)
 
     def _submit(self, answer: Answer) -> None:
+        if self._broken is not None:
+            return answer.fail(self._broken)
         self._answers[answer.request.id] = answer
         try:
             answer.request = self._adapted(answer.request)
