@@ -30,16 +30,18 @@ static void gather(const RvSegment& segment, const void* stored, const Attention
 
 // scores[row][key] for four rows at a time, the keys as [padded][kKeyTile]: no horizontal sums.
 static void score_rows(const float* query, int64_t rows, int64_t padded, const float* turned, float* scores) {
-    for (int64_t r = 0; r < rows; r += 4) {
-        V s[4][4] = {};
-        for (int64_t k = 0; k < padded; k++)
-            for (int j = 0; j < 4; j++) {
-                const V key = load(turned + k * kKeyTile + j * kLanes);
-                for (int i = 0; i < 4; i++) s[i][j] += key * query[(r + i) * padded + k];
-            }
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j < 4; j++) store(scores + (r + i) * kKeyTile + j * kLanes, s[i][j]);
-    }
+    constexpr int kWide = kLanes == 16 ? 4 : 2;  // as many sums as registers hold
+    for (int64_t r = 0; r < rows; r += 4)
+        for (int64_t key = 0; key < kKeyTile; key += kWide * kLanes) {
+            V s[4][kWide] = {};
+            for (int64_t k = 0; k < padded; k++)
+                for (int j = 0; j < kWide; j++) {
+                    const V one = load(turned + k * kKeyTile + key + j * kLanes);
+                    for (int i = 0; i < 4; i++) s[i][j] += one * query[(r + i) * padded + k];
+                }
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < kWide; j++) store(scores + (r + i) * kKeyTile + key + j * kLanes, s[i][j]);
+        }
 }
 
 static void score_few(const float* query, int64_t rows, int64_t padded, const float* keys, int64_t count,
@@ -53,27 +55,26 @@ static void score_few(const float* query, int64_t rows, int64_t padded, const fl
         }
 }
 
-// mixed[row] += scores[row] @ values, four rows and 32 columns at a time.
+// mixed[row] += scores[row] @ values, four rows and two registers of columns at a time.
 static void mix(const float* scores, int64_t rows, const float* values, int64_t count, int64_t padded, float* mixed) {
     for (int64_t r = 0; r < rows; r += 4)
         for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-            const int wide = k + kLanes < padded ? 2 : 1;
             V sum_of[4][2];
             for (int i = 0; i < 4; i++)
-                for (int j = 0; j < wide; j++) sum_of[i][j] = load(mixed + (r + i) * padded + k + j * kLanes);
+                for (int j = 0; j < 2; j++) sum_of[i][j] = load(mixed + (r + i) * padded + k + j * kLanes);
             for (int64_t key = 0; key < count; key++)
-                for (int j = 0; j < wide; j++) {
+                for (int j = 0; j < 2; j++) {
                     const V value = load(values + key * padded + k + j * kLanes);
                     for (int i = 0; i < 4; i++) sum_of[i][j] += value * scores[(r + i) * kKeyTile + key];
                 }
             for (int i = 0; i < 4; i++)
-                for (int j = 0; j < wide; j++) store(mixed + (r + i) * padded + k + j * kLanes, sum_of[i][j]);
+                for (int j = 0; j < 2; j++) store(mixed + (r + i) * padded + k + j * kLanes, sum_of[i][j]);
         }
 }
 
 static void attend(const AttentionTask& task) {
     const RvModel& model = *task.model;
-    const int64_t group = model.heads / model.kv_heads, dim = model.head_dim, padded = round_up(dim, kLanes);
+    const int64_t group = model.heads / model.kv_heads, dim = model.head_dim, padded = round_up(dim, kHeadStep);
     const int64_t count = task.end - task.begin, rows = count * group, full = round_up(rows, 4);
     float *keys = task.scratch, *values = keys + kKeyTile * padded, *query = values + kKeyTile * padded;
     float *mixed = query + full * padded, *scores = mixed + full * padded, *best = scores + full * kKeyTile;

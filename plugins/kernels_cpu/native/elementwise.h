@@ -28,7 +28,7 @@ static inline V gate_of(V x, int32_t activation) {
     if (activation == RV_SILU) return x / (vexp(-x) + 1.0f);
     if (activation == RV_GELU_TANH) return x * 0.5f * (vtanh((x + x * x * x * 0.044715f) * 0.7978845608f) + 1.0f);
     V erf;
-    for (int i = 0; i < 16; i++) erf[i] = erff(x[i] * 0.70710678118f);
+    for (int i = 0; i < kLanes; i++) erf[i] = erff(x[i] * 0.70710678118f);
     return x * 0.5f * (erf + 1.0f);
 }
 
@@ -36,7 +36,7 @@ static void gated(const float* gate, const float* up, int64_t n, int32_t activat
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(out + i, gate_of(load(gate + i), activation) * load(up + i));
     if (i == n) return;
-    float last[2][16] = {};
+    float last[2][kLanes] = {};
     memcpy(last[0], gate + i, (size_t)(n - i) * 4);
     memcpy(last[1], up + i, (size_t)(n - i) * 4);
     const V y = gate_of(load(last[0]), activation) * load(last[1]);

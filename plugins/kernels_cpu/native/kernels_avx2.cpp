@@ -19,12 +19,7 @@ template <bool WIDE> static inline __m256i dot32(__m256i sum, __m256i w, __m256i
 }
 
 template <bool WIDE> static inline VI dot4(VI sum, VI w, int32_t x) {
-    __m256i s[2], b[2];
-    memcpy(s, &sum, sizeof s);
-    memcpy(b, &w, sizeof b);
-    for (int i = 0; i < 2; i++) s[i] = dot32<WIDE>(s[i], b[i], _mm256_set1_epi32(x));
-    memcpy(&sum, s, sizeof s);
-    return sum;
+    return (VI)dot32<WIDE>((__m256i)sum, (__m256i)w, _mm256_set1_epi32(x));
 }
 
 }  // namespace

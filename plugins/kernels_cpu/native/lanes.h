@@ -1,4 +1,4 @@
-// Sixteen floats at a time, in the compiler's own vector types: one source for every instruction set.
+// A register of floats, in the compiler's own vector types: one source for every instruction set.
 // Everything is static: each translation unit must keep its own copy, compiled with its own flags.
 #pragma once
 #include <cstdint>
@@ -9,9 +9,16 @@
 
 namespace {
 
-typedef float V __attribute__((vector_size(64)));
-typedef int32_t VI __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16;
+// No wider than a register: GCC keeps wider vectors in memory.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VI __attribute__((vector_size(4 * kLanes)));
 
 static inline V splat(float x) { return V{} + x; }
 static inline V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
@@ -24,17 +31,17 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 static inline float sum(V v) {
-    float x[16];
+    float x[kLanes];
     memcpy(x, &v, sizeof x);
-    for (int width = 8; width; width /= 2)
+    for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
 }
 
 static inline float largest(V v) {
-    float x[16];
+    float x[kLanes];
     memcpy(x, &v, sizeof x);
-    for (int width = 8; width; width /= 2)
+    for (int width = kLanes / 2; width; width /= 2)
         for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
     return x[0];
 }
@@ -110,21 +117,16 @@ static inline V load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
-    V v;
-    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
-    memcpy(&v, &low, 32);
-    memcpy((char*)&v + 32, &high, 32);
-    return v;
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     V v;
-    for (int i = 0; i < 16; i++) v[i] = half_to_float(p[i]);
+    for (int i = 0; i < kLanes; i++) v[i] = half_to_float(p[i]);
     return v;
 #endif
 }
 
 static inline V load_bf16(const uint16_t* p) {
-    typedef uint16_t H __attribute__((vector_size(32)));
+    typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
     H h;
     memcpy(&h, p, sizeof h);
     return (V)(__builtin_convertvector(h, VI) << 16);

@@ -31,49 +31,52 @@ static void fill_panel(const RvMatrix& w, int64_t begin, int64_t rows, uint8_t* 
     }
 }
 
+constexpr int kParts = kPanelRows / kLanes;  // registers that hold a number for each row of a panel
+
+// out: [NT][kPanelRows]
 template <int32_t S, int NT>
 static inline void panel_dot(const uint8_t* q, const float* scale, const float* minimum, const Activations& x,
-                             int64_t t, V* out) {
+                             int64_t t, float* out) {
     constexpr int group = Format<S>::group;
     const int64_t groups = x.cols / group, blocks = x.cols / 32;
     const float* sums = group == 32 ? x.s32 : x.s16;
-    V total[NT] = {};
+    V total[NT][kParts] = {};
     for (int64_t g = 0; g < groups; g++) {
-        VI dots[NT] = {};
+        VI dots[NT][kParts] = {};
         for (int i = 0; i < group / 4; i++) {
-            VI w;
-            memcpy(&w, q + (g * (group / 4) + i) * kPanelRows * 4, sizeof w);
+            VI w[kParts];
+            memcpy(w, q + (g * (group / 4) + i) * kPanelRows * 4, sizeof w);
             for (int n = 0; n < NT; n++) {
                 int32_t four;
                 memcpy(&four, x.q + (t + n) * x.cols + g * group + 4 * i, 4);
-                dots[n] = dot4<S == RV_Q8_0>(dots[n], w, four);
+                for (int j = 0; j < kParts; j++) dots[n][j] = dot4<S == RV_Q8_0>(dots[n][j], w[j], four);
             }
         }
-        const V s = load(scale + g * kPanelRows), m = load(minimum + g * kPanelRows);
-        for (int n = 0; n < NT; n++) {
-            total[n] += __builtin_convertvector(dots[n], V) * (s * x.d[(t + n) * blocks + g * group / 32]);
-            total[n] -= m * sums[(t + n) * groups + g];
+        for (int j = 0; j < kParts; j++) {
+            const V s = load(scale + g * kPanelRows + j * kLanes), m = load(minimum + g * kPanelRows + j * kLanes);
+            for (int n = 0; n < NT; n++) {
+                total[n][j] += __builtin_convertvector(dots[n][j], V) * (s * x.d[(t + n) * blocks + g * group / 32]);
+                total[n][j] -= m * sums[(t + n) * groups + g];
+            }
         }
     }
-    for (int n = 0; n < NT; n++) out[n] = total[n];
+    memcpy(out, total, sizeof total);
 }
 
 template <int NT>
-static inline void float_panel_dot(const float* panel, const Activations& x, int64_t t, V* out) {
-    V total[NT] = {};
-    for (int64_t k = 0; k < x.cols; k++) {
-        const V w = load(panel + k * kPanelRows);
-        for (int n = 0; n < NT; n++) total[n] += w * x.x[(t + n) * x.cols + k];
-    }
-    for (int n = 0; n < NT; n++) out[n] = total[n];
+static inline void float_panel_dot(const float* panel, const Activations& x, int64_t t, float* out) {
+    V total[NT][kParts] = {};
+    for (int64_t k = 0; k < x.cols; k++)
+        for (int j = 0; j < kParts; j++) {
+            const V w = load(panel + k * kPanelRows + j * kLanes);
+            for (int n = 0; n < NT; n++) total[n][j] += w * x.x[(t + n) * x.cols + k];
+        }
+    memcpy(out, total, sizeof total);
 }
 
-static inline void put(const V* found, int count, int64_t rows, const float* bias, float* out, int64_t stride) {
-    for (int n = 0; n < count; n++) {
-        float lanes[kPanelRows];
-        memcpy(lanes, &found[n], sizeof lanes);
-        for (int64_t r = 0; r < rows; r++) out[n * stride + r] = bias ? lanes[r] + bias[r] : lanes[r];
-    }
+static inline void put(const float* found, int count, int64_t rows, const float* bias, float* out, int64_t stride) {
+    for (int n = 0; n < count; n++, found += kPanelRows, out += stride)
+        for (int64_t r = 0; r < rows; r++) out[r] = bias ? found[r] + bias[r] : found[r];
 }
 
 // run(tag of NT, t): tiles of kTile tokens, then single ones.
@@ -86,9 +89,9 @@ template <class F> static inline void tiles(int64_t count, F&& run) {
 static float float_dot(int32_t scheme, const uint8_t* row, const float* x, int64_t n) {
     V a{}, b{};
     int64_t k = 0;
-    for (; k + 32 <= n; k += 32) {
+    for (; k + 2 * kLanes <= n; k += 2 * kLanes) {
         a += load_weights(scheme, row, k) * load(x + k);
-        b += load_weights(scheme, row, k + 16) * load(x + k + 16);
+        b += load_weights(scheme, row, k + kLanes) * load(x + k + kLanes);
     }
     float rest = 0;
     for (; k < n; k++) rest += load_weight(scheme, row, k) * x[k];
@@ -112,7 +115,7 @@ static void float_matmul(const RvMatrix& w, const Activations& x, int64_t begin,
                 panel[k * kPanelRows + i] =
                     i < rows ? load_weight(w.scheme, w.data + (r + i) * w.row_bytes, k) : 0.0f;
         tiles(x.count, [&](auto tag, int64_t t) {
-            V found[decltype(tag)::scheme];
+            float found[decltype(tag)::scheme * kPanelRows];
             float_panel_dot<decltype(tag)::scheme>(panel, x, t, found);
             put(found, decltype(tag)::scheme, rows, w.bias ? w.bias + r : nullptr, out + t * stride + r, stride);
         });
@@ -140,7 +143,7 @@ static void matmul(const RvMatrix& w, const Activations& x, int64_t begin, int64
             const int64_t rows = least(kPanelRows, end - r);
             fill_panel<S>(w, r, rows, q, scale, minimum);
             tiles(x.count, [&](auto tag, int64_t t) {
-                V found[decltype(tag)::scheme];
+                float found[decltype(tag)::scheme * kPanelRows];
                 panel_dot<S, decltype(tag)::scheme>(q, scale, minimum, x, t, found);
                 put(found, decltype(tag)::scheme, rows, w.bias ? w.bias + r : nullptr, out + t * stride + r, stride);
             });
@@ -167,22 +170,24 @@ static void decode_row(const RvMatrix& w, int64_t row, float* out, void*) {
 
 // Symmetric int8 in blocks of 32, rounded to nearest even.
 static void quantize(const float* x, int64_t n, int8_t* q, float* d, float* s32, float* s16) {
-    for (int64_t b = 0; b < n / 32; b++) {
-        const V low = load(x + 32 * b), high = load(x + 32 * b + 16);
-        const float top = largest(vmax(vmax(low, -low), vmax(high, -high)));
+    for (int64_t b = 0; b < n / 32; b++, x += 32, q += 32) {
+        V most{};
+        for (int i = 0; i < 32; i += kLanes) most = vmax(most, vmax(load(x + i), -load(x + i)));
+        const float top = largest(most);
         d[b] = top / 127.0f;
         const float inverse = top > 0 ? 127.0f / top : 0.0f;
-        const V magic = splat(12582912.0f);  // rounds to an integer, which is then in the low bits
-        const VI a = (VI)(low * inverse + magic) - 0x4b400000, c = (VI)(high * inverse + magic) - 0x4b400000;
-        typedef int8_t Bytes __attribute__((vector_size(16)));
-        const Bytes qa = __builtin_convertvector(a, Bytes), qc = __builtin_convertvector(c, Bytes);
-        memcpy(q + 32 * b, &qa, 16);
-        memcpy(q + 32 * b + 16, &qc, 16);
-        int32_t first = 0, second = 0;
-        for (int i = 0; i < 16; i++) first += q[32 * b + i], second += q[32 * b + 16 + i];
-        s16[2 * b] = d[b] * (float)first;
-        s16[2 * b + 1] = d[b] * (float)second;
-        s32[b] = d[b] * (float)(first + second);
+        int32_t sums[2] = {};
+        for (int i = 0; i < 32; i += kLanes) {
+            typedef int8_t Short __attribute__((vector_size(kLanes)));
+            // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+            const VI whole = (VI)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
+            const Short few = __builtin_convertvector(whole, Short);
+            memcpy(q + i, &few, sizeof few);
+            for (int k = 0; k < kLanes; k++) sums[i / 16] += whole[k];
+        }
+        s16[2 * b] = d[b] * (float)sums[0];
+        s16[2 * b + 1] = d[b] * (float)sums[1];
+        s32[b] = d[b] * (float)(sums[0] + sums[1]);
     }
 }
 
