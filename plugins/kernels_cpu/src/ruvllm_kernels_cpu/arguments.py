@@ -83,7 +83,9 @@ def _segment(segment: Segment, spec: ModelSpec, sequences: int, array: Any, poin
         if len(stored) != spec.num_layers:
             raise ValueError(f"storage has {len(stored)} layers, the model {spec.num_layers}")
         for one in stored:
-            if not (isinstance(one, np.ndarray) and one.shape == shape and one.dtype == dtype and one.flags.c_contiguous):
+            if not (
+                isinstance(one, np.ndarray) and one.shape == shape and one.dtype == dtype and one.flags.c_contiguous
+            ):
                 raise ValueError(f"storage must be contiguous {dtype} arrays {shape}, made by this decoder")
     table = np.ascontiguousarray(segment.block_table, dtype=np.int32)
     if table.ndim != 2 or len(table) != sequences:

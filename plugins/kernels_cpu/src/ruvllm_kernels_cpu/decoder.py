@@ -15,7 +15,7 @@ from ruvllm_core.errors import ConfigError, GenerationError, OutOfMemoryError
 from ruvllm_core.machine import require_memory, usable_cpus
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
-from ruvllm_kernels_cpu import abi, arguments
+from ruvllm_kernels_cpu import arguments
 from ruvllm_kernels_cpu.library import load
 from ruvllm_kernels_cpu.model import describe
 
@@ -31,7 +31,7 @@ class CpuDecoder:
 
     def __init__(self, spec: ModelSpec, weights: Weights, options: DecoderOptions, isa: str) -> None:
         self.spec = spec
-        self.kv_schemes = ("f32", "f16") if options.dtype == "float32" else ("f16", "f32")
+        self.kv_schemes: tuple[str, ...] = ("f32", "f16") if options.dtype == "float32" else ("f16", "f32")
         self.threads = options.threads or usable_cpus()
         self.isa = isa
         self._max_context = options.max_context

@@ -15,7 +15,10 @@ from ruvllm_kernels_cpu import abi
 
 
 def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
-    """The structure, and the objects whose memory it points to. Raises `ModelError` for a missing or misshapen weight."""
+    """The structure, and the objects whose memory it points to.
+
+    Raises `ModelError` for a weight that is missing, has another shape, or that the spec does not know of.
+    """
     owners: list[Any] = []
     shapes = {name: source.shape for name, source in llama_tensor_names(spec).items()}
 
