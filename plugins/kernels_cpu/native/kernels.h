@@ -45,7 +45,7 @@ struct Kernels {
 constexpr int64_t kPanelRows = 16;   // rows of a matrix that are unpacked together
 constexpr int64_t kQueryTile = 32;   // tokens whose queries walk the keys together
 constexpr int64_t kKeyTile = 64;
-constexpr int64_t kHeadStep = 32;    // heads are padded to a multiple of it: two of the widest registers
+constexpr int64_t kHeadStep = 32;   // heads are padded to a multiple of it: two of the widest registers
 
 inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F16 || scheme == RV_BF16; }
 
@@ -53,7 +53,8 @@ inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F
 inline int64_t matmul_scratch(int64_t cols) { return cols * kPanelRows * 4 + cols * 12 + 4096; }
 
 inline int64_t attention_scratch(const RvModel& m) {
-    const int64_t dim = (m.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep, rows = kQueryTile * (m.heads / m.kv_heads) + 4;
+    const int64_t dim = (m.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep;
+    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 4;
     return 2 * kKeyTile * dim + rows * (2 * dim + kKeyTile + 2) + 64;
 }
 

@@ -8,7 +8,6 @@
 
 namespace {
 
-constexpr int64_t kPrefetch = 3072-8192-8192;  // bytes ahead: weights are read once a token, mostly from memory
 constexpr int64_t kFewTokens = 6;  // up to here unpacking a panel costs more than it saves
 
 // Panel: bytes [cols / 4][16 rows][4], scales and minima [groups][16 rows].
@@ -131,7 +130,6 @@ static void matmul(const RvMatrix& w, const Activations& x, int64_t begin, int64
         if (x.count <= kFewTokens) {
             for (int64_t r = begin; r < end; r++) {
                 const uint8_t* row = w.data + r * w.row_bytes;
-                for (int64_t i = 0; i < w.row_bytes; i += 64) __builtin_prefetch(row + kPrefetch + i);
                 for (int64_t t = 0; t < x.count; t++) {
                     const float y = row_dot<S>(row, x, t);
                     out[t * stride + r] = w.bias ? y + w.bias[r] : y;

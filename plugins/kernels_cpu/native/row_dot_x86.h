@@ -21,7 +21,8 @@ static inline Bytes nibbles32(const uint8_t* p) {
 // Bit i of `bits` as 16 in byte i.
 static inline Bytes fifth_bits(uint32_t bits) {
     const Bytes spread = _mm256_shuffle_epi8(
-        _mm256_set1_epi32((int)bits), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+        _mm256_set1_epi32((int)bits),
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
     const Bytes own = _mm256_set1_epi64x((long long)0x8040201008040201);
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own), _mm256_set1_epi8(16));
 }
@@ -91,7 +92,9 @@ static inline __m256 floats_of(const int8_t* p) {
 // Scales of sixteen (or eight) groups as floats, and the weighted sum of what is subtracted.
 template <int32_t S>
 static inline __m256 super_scales(const uint8_t* p, const float* s32, const float* s16, float* scale) {
-    const auto put = [&](int at, float d, __m256 s) { _mm256_store_ps(scale + at, _mm256_mul_ps(_mm256_set1_ps(d), s)); };
+    const auto put = [&](int at, float d, __m256 s) {
+        _mm256_store_ps(scale + at, _mm256_mul_ps(_mm256_set1_ps(d), s));
+    };
     if constexpr (S == RV_Q4_K || S == RV_Q5_K) {
         uint8_t s[8], m[8];
         six_bits(p + 4, s, m);
@@ -129,9 +132,10 @@ template <int32_t S> static inline float super_dot(const uint8_t* row, const int
             const Bytes dot = dot32<false>(_mm256_setzero_si256(), group_bytes<S>(row, g), bytes32(q + 32 * g));
             __m256 factor;
             if constexpr (Format<S>::group == 32) factor = _mm256_broadcast_ss(scale + g);
-            else
-                factor = _mm256_mul_ps(_mm256_set_m128(_mm_broadcast_ss(scale + 2 * g + 1), _mm_broadcast_ss(scale + 2 * g)),
-                                       _mm256_broadcast_ss(d + g));
+            else {
+                const __m128 low = _mm_broadcast_ss(scale + 2 * g), high = _mm_broadcast_ss(scale + 2 * g + 1);
+                factor = _mm256_mul_ps(_mm256_set_m128(high, low), _mm256_broadcast_ss(d + g));
+            }
             total[g % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, total[g % 2]);
         }
     }
