@@ -45,33 +45,47 @@ static inline void panel_dot(const uint8_t* q, const float* scale, const float* 
         VI dots[NT][kParts] = {};
         for (int i = 0; i < group / 4; i++) {
             VI w[kParts];
-            memcpy(w, q + (g * (group / 4) + i) * kPanelRows * 4, sizeof w);
+#pragma GCC unroll 16
+            for (int j = 0; j < kParts; j++)
+                memcpy(&w[j], q + (g * (group / 4) + i) * kPanelRows * 4 + 4 * j * kLanes, sizeof w[j]);
+#pragma GCC unroll 16
             for (int n = 0; n < NT; n++) {
                 int32_t four;
                 memcpy(&four, x.q + (t + n) * x.cols + g * group + 4 * i, 4);
+#pragma GCC unroll 16
                 for (int j = 0; j < kParts; j++) dots[n][j] = dot4<S == RV_Q8_0>(dots[n][j], w[j], four);
             }
         }
+#pragma GCC unroll 16
         for (int j = 0; j < kParts; j++) {
             const V s = load(scale + g * kPanelRows + j * kLanes), m = load(minimum + g * kPanelRows + j * kLanes);
+#pragma GCC unroll 16
             for (int n = 0; n < NT; n++) {
                 total[n][j] += __builtin_convertvector(dots[n][j], V) * (s * x.d[(t + n) * blocks + g * group / 32]);
                 total[n][j] -= m * sums[(t + n) * groups + g];
             }
         }
     }
-    memcpy(out, total, sizeof total);
+#pragma GCC unroll 16
+    for (int n = 0; n < NT; n++)
+#pragma GCC unroll 16
+        for (int j = 0; j < kParts; j++) store(out + n * kPanelRows + j * kLanes, total[n][j]);
 }
 
 template <int NT>
 static inline void float_panel_dot(const float* panel, const Activations& x, int64_t t, float* out) {
     V total[NT][kParts] = {};
     for (int64_t k = 0; k < x.cols; k++)
+#pragma GCC unroll 16
         for (int j = 0; j < kParts; j++) {
             const V w = load(panel + k * kPanelRows + j * kLanes);
+#pragma GCC unroll 16
             for (int n = 0; n < NT; n++) total[n][j] += w * x.x[(t + n) * x.cols + k];
         }
-    memcpy(out, total, sizeof total);
+#pragma GCC unroll 16
+    for (int n = 0; n < NT; n++)
+#pragma GCC unroll 16
+        for (int j = 0; j < kParts; j++) store(out + n * kPanelRows + j * kLanes, total[n][j]);
 }
 
 static inline void put(const float* found, int count, int64_t rows, const float* bias, float* out, int64_t stride) {
