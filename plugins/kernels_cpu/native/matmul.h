@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kFewTokens = 6;  // up to here unpacking a panel costs more than it saves
+constexpr int64_t kFewTokens = 4;  // up to here unpacking a panel costs more than it saves
 
 // Panel: bytes [cols / 4][16 rows][4], scales and minima [groups][16 rows].
 template <int32_t S>
@@ -22,7 +22,8 @@ static void fill_panel(const RvMatrix& w, int64_t begin, int64_t rows, uint8_t* 
         float *to_scale = scale + block * groups * kPanelRows, *to_minimum = minimum + block * groups * kPanelRows;
         for (int64_t r = 0; r < rows; r++) {
             F::unpack(w.data + (begin + r) * w.row_bytes + block * F::bytes, bytes, s, m);
-            for (int64_t i = 0; i < F::block / 4; i++) memcpy(to + (i * kPanelRows + r) * 4, bytes + 4 * i, 4);
+#pragma GCC unroll 8
+            for (int i = 0; i < F::block / 4; i++) memcpy(to + (i * kPanelRows + r) * 4, bytes + 4 * i, 4);
             for (int g = 0; g < groups; g++) {
                 to_scale[g * kPanelRows + r] = s[g];
                 to_minimum[g * kPanelRows + r] = m[g];

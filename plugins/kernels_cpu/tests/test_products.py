@@ -60,7 +60,7 @@ def test_product(scheme: str, isa: str) -> None:
     weights = {**tiny_weights(spec), "lm_head": weight(scheme, rng)}
     decoder = CpuKernels(options, isa=isa).decoder(spec, weights, options)
     plain = weights["lm_head"].dequantize().astype(np.float64)
-    for tokens in (1, 2, 6, 7, 12, 31):
+    for tokens in (1, 2, 4, 5, 12, 31):
         x = rng.normal(size=(tokens, COLUMNS)).astype(np.float32)
         x[0, :32] = 0.0  # a block without a scale
         x[-1, 32:64] *= 1e4  # and one that dwarfs the others
