@@ -236,7 +236,8 @@ def test_every_extra_names_distributions_of_this_repository_at_their_version() -
     extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     for requirements in extras.values():
         assert set(requirements) <= here
-    assert set(extras["all"]) == here, "a plugin that `all` forgets"
+    opt_in = {"ruvllm-kernels-cpu==0.1.0"}  # still in the making, says its README
+    assert set(extras["all"]) == here - opt_in, "a plugin that `all` forgets"
     core = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
     assert core["version"] == ruvllm_core.__version__
     for project in projects:

@@ -1,0 +1,77 @@
+// The extern "C" interface that Python loads with ctypes. Field order and types are mirrored in abi.py.
+#pragma once
+#include <cstdint>
+
+#define RV_ABI_VERSION 1
+#define RV_API extern "C" __attribute__((visibility("default")))
+
+extern "C" {
+
+// GGML type numbers, the ones that GGUF files use.
+enum RvScheme : int32_t {
+    RV_F32 = 0, RV_F16 = 1, RV_Q4_0 = 2, RV_Q4_1 = 3, RV_Q5_0 = 6, RV_Q5_1 = 7, RV_Q8_0 = 8,
+    RV_Q2_K = 10, RV_Q3_K = 11, RV_Q4_K = 12, RV_Q5_K = 13, RV_Q6_K = 14, RV_BF16 = 30,
+};
+
+enum RvActivation : int32_t { RV_SILU = 0, RV_GELU_TANH = 1, RV_GELU = 2 };
+
+// Rows of encoded blocks, one after the other; bias is [rows] or null.
+struct RvMatrix {
+    const uint8_t* data;
+    const float* bias;
+    int64_t rows, cols, row_bytes;
+    int32_t scheme, unused;
+};
+
+// The order of the matrices is that of RvSite.
+enum RvSite : int32_t { RV_Q, RV_K, RV_V, RV_O, RV_GATE, RV_UP, RV_DOWN, RV_SITES };
+
+struct RvLayer {
+    const float* attn_norm;
+    const float* mlp_norm;
+    RvMatrix sites[RV_SITES];
+    int64_t window;  // 0: none
+};
+
+struct RvModel {
+    int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, rope_dim;
+    int32_t rope_interleaved, activation;
+    float eps, scale, attention_softcap, logit_softcap;  // a cap of 0 is none
+    RvMatrix embed, head;
+    const float* final_norm;
+    const RvLayer* layer;
+};
+
+struct RvSegment {
+    int32_t half, block_size, table_stride, unused;  // half: values are f16, else f32
+    const int32_t* table;    // [B, table_stride]
+    const int32_t* lengths;  // [B]
+    const int32_t* starts;   // [B]
+    void* const* keys;       // [layers], each [N, K, S, D]
+    void* const* values;
+};
+
+// A low-rank delta of one site for tokens [begin, end): a [rank, in], b [out, rank].
+struct RvDelta {
+    int32_t layer, site, rank, unused;
+    int64_t begin, end;
+    const float* a;
+    const float* b;
+    float scale;
+};
+
+struct RvBatch {
+    int64_t tokens_count, sequences, rows_count, segments_count, deltas_count;
+    const int64_t* tokens;     // [T]
+    const int64_t* positions;  // [T]
+    const int32_t* cu_q;       // [B + 1]
+    const int64_t* rows;       // [R]
+    const int64_t* slots;      // [T], in the last segment
+    const float* const* cos;   // [B], each [positions, rope_dim / 2]
+    const float* const* sin;
+    const RvSegment* segments;
+    const RvDelta* deltas;
+};
+
+struct RvDecoder;
+}

@@ -1,0 +1,1 @@
+"""CPU kernels for RuvLLM: a whole step of a model in C++."""

@@ -1,0 +1,88 @@
+"""The structures and functions of ``native/abi.h`` for ctypes; fields in the same order, of the same types."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+
+VERSION = 1
+#: Matrices of a layer in the order of the C structure; low-rank deltas name them by their index.
+SITES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+class Matrix(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("row_bytes", c_int64),
+        ("scheme", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class Layer(Structure):
+    _fields_ = [
+        ("attn_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("sites", Matrix * len(SITES)),
+        ("window", c_int64),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("vocab", "hidden", "inner", "layers", "heads", "kv_heads", "head_dim")),
+        *((name, c_int32) for name in ("rope_dim", "rope_interleaved", "activation")),
+        *((name, c_float) for name in ("eps", "scale", "attention_softcap", "logit_softcap")),
+        ("embed", Matrix),
+        ("head", Matrix),
+        ("final_norm", c_void_p),
+        ("layer", POINTER(Layer)),
+    ]
+
+
+class Segment(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("half", "block_size", "table_stride", "unused")),
+        *((name, c_void_p) for name in ("table", "lengths", "starts", "keys", "values")),
+    ]
+
+
+class Delta(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("layer", "site", "rank", "unused")),
+        ("begin", c_int64),
+        ("end", c_int64),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("scale", c_float),
+    ]
+
+
+class BatchArgs(Structure):
+    _fields_ = [
+        *((f"{name}_count", c_int64) for name in ("tokens",)),
+        ("sequences", c_int64),
+        *((f"{name}_count", c_int64) for name in ("rows", "segments", "deltas")),
+        *((name, c_void_p) for name in ("tokens", "positions", "cu_q", "rows", "slots", "cos", "sin")),
+        ("segments", c_void_p),
+        ("deltas", c_void_p),
+    ]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Argument and result types of every function. Raises `AttributeError` for one that is not there."""
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "rv_abi_version": (c_int32, []),
+        "rv_isa": (c_char_p, [c_char_p]),
+        "rv_open": (c_int32, [POINTER(Model), c_char_p, c_int32, POINTER(c_void_p)]),
+        "rv_close": (None, [c_void_p]),
+        "rv_forward": (c_int32, [c_void_p, POINTER(BatchArgs), c_void_p]),
+        "rv_logits": (c_int32, [c_void_p, c_void_p, c_int64, c_void_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments

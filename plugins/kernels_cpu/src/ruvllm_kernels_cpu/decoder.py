@@ -1,0 +1,104 @@
+"""A whole model behind one C call a step."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ruvllm_core.decode.batch import Batch
+from ruvllm_core.decode.kv import KVStorage
+from ruvllm_core.decode.rope import rope_tables
+from ruvllm_core.errors import ConfigError, GenerationError, OutOfMemoryError
+from ruvllm_core.machine import require_memory, usable_cpus
+from ruvllm_core.model.spec import ModelSpec
+from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
+from ruvllm_kernels_cpu import arguments
+from ruvllm_kernels_cpu.library import load
+from ruvllm_kernels_cpu.model import describe
+
+_KV_TYPES: dict[str, Any] = {"f16": np.float16, "f32": np.float32}
+
+
+class CpuDecoder:
+    """Executes a model in C++. See `ruvllm_core.protocols.Decoder`.
+
+    Quantized and float matrices are used where they are, usually in a mapped file; only norms, biases and rotary tables
+    are copied. Raises `ModelError` for weights that do not fit the spec and `OutOfMemoryError`.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights, options: DecoderOptions, isa: str) -> None:
+        self.spec = spec
+        self.kv_schemes: tuple[str, ...] = ("f32", "f16") if options.dtype == "float32" else ("f16", "f32")
+        self.threads = options.threads or usable_cpus()
+        self.isa = isa
+        self._max_context = options.max_context
+        self._rope: dict[int, tuple[FloatArray, FloatArray]] = {}
+        self._handle = ctypes.c_void_p()
+        self._library = load()
+        model, self._owners = describe(spec, weights)
+        self._check(self._library.rv_open(model, isa.encode(), self.threads, ctypes.byref(self._handle)))
+
+    def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
+        if scheme not in _KV_TYPES:
+            raise ConfigError(f"cache.precision {scheme}: kernels cpu have {', '.join(self.kv_schemes)}")
+        spec, dtype = self.spec, np.dtype(_KV_TYPES[scheme])
+        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        nbytes = 2 * spec.num_layers * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        require_memory(nbytes, "keys and values", "set a smaller max_context, or cache.precision f16")
+
+        def run() -> list[npt.NDArray[Any]]:  # zeroed pages take no memory until they are written
+            return [np.zeros(shape, dtype) for _ in range(spec.num_layers)]
+
+        return KVStorage(scheme, num_blocks, block_size, run(), run(), nbytes)
+
+    def forward(self, batch: Batch) -> FloatArray:
+        handle = self._open()
+        tables = [self._rope_table(int(variant)) for variant in batch.rope_variants]
+        args, keep = arguments.convert(batch, self.spec, tables, self._max_context)
+        hidden = np.empty((len(batch.rows), self.spec.hidden_size), dtype=np.float32)
+        self._check(self._library.rv_forward(handle, ctypes.byref(args), hidden.ctypes.data))
+        del keep  # what `args` points to had to live until here
+        return hidden
+
+    def logits(self, hidden: FloatArray) -> FloatArray:
+        handle, width = self._open(), self.spec.hidden_size
+        if hidden.ndim != 2 or hidden.shape[1] != width:
+            raise ValueError(f"hidden states must be [rows, {width}], got {hidden.shape}")
+        rows = np.ascontiguousarray(hidden, dtype=np.float32)
+        out = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
+        if len(rows):
+            self._check(self._library.rv_logits(handle, rows.ctypes.data, len(rows), out.ctypes.data))
+        return out
+
+    def close(self) -> None:
+        if self._handle:
+            self._library.rv_close(self._handle)
+            self._handle = ctypes.c_void_p()
+        self._owners = []
+        self._rope.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def _open(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise GenerationError("this decoder is closed")
+        return self._handle
+
+    def _check(self, status: int) -> None:
+        if status == 1:
+            raise OutOfMemoryError("kernels cpu: no memory for a step", hint="use a smaller prefill_chunk")
+        if status == 2:
+            raise OutOfMemoryError(f"kernels cpu: cannot start {self.threads} threads", hint="set threads lower")
+        if status:
+            raise GenerationError(f"kernels cpu: the native step failed ({status})")
+
+    def _rope_table(self, variant: int) -> tuple[FloatArray, FloatArray]:
+        if variant not in self._rope:
+            cos, sin = rope_tables(self.spec, variant, self._max_context)
+            self._rope[variant] = (np.ascontiguousarray(cos, np.float32), np.ascontiguousarray(sin, np.float32))
+        return self._rope[variant]

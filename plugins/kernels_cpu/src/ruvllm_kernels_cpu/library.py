@@ -1,0 +1,65 @@
+"""Finds and loads the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import ruvllm_kernels_cpu
+from ruvllm_core.errors import ConfigError, PluginError
+from ruvllm_kernels_cpu import abi
+
+DISTRIBUTION = "ruvllm-kernels-cpu"
+ISAS = ("auto", "generic", "avx2", "avx512")
+NAME = "libruvllm_cpu.dylib" if sys.platform == "darwin" else "libruvllm_cpu.so"
+
+
+def find() -> Path | None:
+    """The compiled library; of an editable install it is in site-packages while the sources are elsewhere."""
+    folders = [Path(folder) for folder in ruvllm_kernels_cpu.__path__]
+    try:
+        installed = importlib.metadata.distribution(DISTRIBUTION)
+        folders.append(Path(str(installed.locate_file("ruvllm_kernels_cpu"))))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+
+
+def missing() -> str | None:
+    """Why there is no library to load, or None."""
+    if sys.byteorder != "little":
+        return "needs a little-endian processor"
+    if find() is None:
+        return f"{NAME} is not built: install the package {DISTRIBUTION} with pip, which needs a C++ compiler"
+    return None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, its functions declared. Raises `PluginError` if it is not there or of another version."""
+    reason, path = missing(), find()
+    if reason or path is None:
+        raise PluginError(f"kernels cpu: {reason}")
+    try:
+        library = ctypes.CDLL(str(path))
+        abi.declare(library)
+    except (OSError, AttributeError) as error:
+        raise PluginError(f"{path}: {error}", hint=f"reinstall {DISTRIBUTION}") from error
+    if (version := library.rv_abi_version()) != abi.VERSION:
+        raise PluginError(
+            f"{path} has interface {version}, the Python code {abi.VERSION}", hint=f"reinstall {DISTRIBUTION}"
+        )
+    return library
+
+
+def pick_isa(wanted: str) -> str:
+    """The instruction set that `wanted` (one of `ISAS`) selects. Raises `ConfigError` if the processor lacks it."""
+    if wanted not in ISAS:
+        raise ConfigError(f"isa {wanted!r} is none of {', '.join(ISAS)}")
+    found = load().rv_isa(wanted.encode())
+    if found is None:
+        raise ConfigError(f"isa {wanted}: this processor has not got it", hint="use isa auto")
+    return str(found.decode())
