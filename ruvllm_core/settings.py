@@ -49,7 +49,7 @@ class ModelFields(BaseModel):
     Attributes:
         max_context: most tokens of a sequence; None is the model's own limit.
         quantization: quantize unquantized weights while loading, to a scheme or recipe that a plugin offers; None
-            takes the file as it is.
+            takes the file as it is. Where a repository has several GGUF files, it also says which one is meant.
         kernels: kernel providers in order of preference; ``auto`` tries all, best first.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         dtype: arithmetic of unquantized math.
