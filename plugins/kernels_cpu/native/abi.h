@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#define RV_ABI_VERSION 1
+#define RV_ABI_VERSION 2
 #define RV_API extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -12,6 +12,9 @@ enum RvScheme : int32_t {
     RV_F32 = 0, RV_F16 = 1, RV_Q4_0 = 2, RV_Q4_1 = 3, RV_Q5_0 = 6, RV_Q5_1 = 7, RV_Q8_0 = 8,
     RV_Q2_K = 10, RV_Q3_K = 11, RV_Q4_K = 12, RV_Q5_K = 13, RV_Q6_K = 14, RV_BF16 = 30,
 };
+
+// How keys and values are stored.
+enum RvKvType : int32_t { RV_KV_F32 = 0, RV_KV_F16 = 1, RV_KV_BF16 = 2 };
 
 enum RvActivation : int32_t { RV_SILU = 0, RV_GELU_TANH = 1, RV_GELU = 2 };
 
@@ -43,7 +46,7 @@ struct RvModel {
 };
 
 struct RvSegment {
-    int32_t half, block_size, table_stride, unused;  // half: values are f16, else f32
+    int32_t type, block_size, table_stride, unused;  // type: RvKvType
     const int32_t* table;    // [B, table_stride]
     const int32_t* lengths;  // [B]
     const int32_t* starts;   // [B]
