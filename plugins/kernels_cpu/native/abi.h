@@ -18,12 +18,13 @@ enum RvKvType : int32_t { RV_KV_F32 = 0, RV_KV_F16 = 1, RV_KV_BF16 = 2 };
 
 enum RvActivation : int32_t { RV_SILU = 0, RV_GELU_TANH = 1, RV_GELU = 2 };
 
-// Rows of encoded blocks, one after the other; bias is [rows] or null.
+// Rows of encoded blocks, one after the other; bias is [rows] or null. mapped: data lies in a read-only mapping of a file,
+// whose pages may be let go.
 struct RvMatrix {
     const uint8_t* data;
     const float* bias;
     int64_t rows, cols, row_bytes;
-    int32_t scheme, unused;
+    int32_t scheme, mapped;
 };
 
 // The order of the matrices is that of RvSite.

@@ -49,7 +49,9 @@ struct AttentionTask {
     const float* query;  // [T, stride], this batch's
     int64_t stride;
     float* out;          // [T, heads * head_dim]
-    float* partial;      // instead of out, if not null: [tokens * group][head_dim + 2], see attention.h
+    // Instead of out, if not null: [tokens * group][head_dim + 2], for each row its sum of values before it is divided,
+    // then the highest score and the sum of the weights.
+    float* partial;
     float* scratch;      // attention_scratch(...) floats
 };
 
@@ -80,7 +82,7 @@ inline int64_t matmul_scratch(int64_t cols) { return cols * kPanelRows * 4 + 409
 
 inline int64_t attention_scratch(const RvModel& m) {
     const int64_t dim = (m.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep;
-    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 4;
+    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 8;
     return 2 * kKeyTile * dim + rows * (2 * dim + kKeyTile + 2) + 64;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
             cols=found.columns,
             row_bytes=data.shape[1],
             scheme=SCHEMES[found.scheme].ggml_type,
+            mapped=_is_mapped(data),
         )
 
     layers = (abi.Layer * spec.num_layers)()
@@ -81,3 +83,15 @@ def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
         layer=ctypes.cast(layers, ctypes.POINTER(abi.Layer)),
     )
     return model, owners
+
+
+def _is_mapped(data: Any) -> bool:
+    """Whether an array lies in a read-only mapping of a file: only then may its pages be dropped and read again."""
+    base = data
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        base = base.base
+    while isinstance(base, memoryview):
+        base = base.obj
+    return isinstance(base, mmap.mmap)

@@ -8,7 +8,7 @@ from typing import Any
 from ruvllm_core.errors import ConfigError
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Decoder, DecoderOptions, Weights
-from ruvllm_kernels_cpu.library import pick_isa
+from ruvllm_kernels_cpu import library
 
 
 class CpuKernels:
@@ -28,7 +28,8 @@ class CpuKernels:
     def __init__(self, options: DecoderOptions, isa: str = "auto") -> None:
         if options.device not in ("auto", "cpu"):
             raise ConfigError(f"device {options.device}: kernels cpu run on the CPU only", hint="use device cpu")
-        self.isa = pick_isa(isa)
+        self._table = library.kernels(isa)
+        self.isa = library.name(self._table)
 
     def ops(self) -> Mapping[str, Callable[..., Any]]:
         return {}
@@ -36,4 +37,4 @@ class CpuKernels:
     def decoder(self, spec: ModelSpec, weights: Weights, options: DecoderOptions) -> Decoder:
         from ruvllm_kernels_cpu.decoder import CpuDecoder
 
-        return CpuDecoder(spec, weights, options, self.isa)
+        return CpuDecoder(spec, weights, options, self._table)
