@@ -180,11 +180,42 @@ static inline float bf16_to_float(uint16_t h) {
     return f;
 }
 
-static inline V load_bf16(const uint16_t* p) {
-    typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
-    H h;
-    memcpy(&h, p, sizeof h);
-    return (V)(__builtin_convertvector(h, VI) << 16);
+// Widening and narrowing by intrinsics: GCC 12 takes the compiler's own conversions of short lanes apart, one by one.
+static inline VI widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    VI v;
+    for (int i = 0; i < kLanes; i++) v[i] = p[i];
+    return v;
+#endif
 }
+static inline VI widen(const int8_t* p) { return (widen((const uint8_t*)p) ^ 128) - 128; }
+
+static inline VI widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (VI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (VI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+    VI v;
+    for (int i = 0; i < kLanes; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+// The low bytes of every lane.
+static inline void store_bytes(int8_t* p, VI v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < kLanes; i++) p[i] = (int8_t)v[i];
+#endif
+}
+
+static inline V floats(VI v) { return __builtin_convertvector(v, V); }
+static inline V load_bf16(const uint16_t* p) { return (V)(widen(p) << 16); }
 
 }  // namespace

@@ -34,19 +34,6 @@ template <int32_t S> static inline VI quad(const uint8_t* cell, int i, int part)
     return w;
 }
 
-static inline V bytes_to_floats(const uint8_t* p) {
-    typedef uint8_t Few __attribute__((vector_size(kLanes)));
-    Few few;
-    memcpy(&few, p, sizeof few);
-    return __builtin_convertvector(__builtin_convertvector(few, VI), V);
-}
-static inline V bytes_to_floats(const int8_t* p) {
-    typedef int8_t Few __attribute__((vector_size(kLanes)));
-    Few few;
-    memcpy(&few, p, sizeof few);
-    return __builtin_convertvector(__builtin_convertvector(few, VI), V);
-}
-
 // Scale and minimum of group g of a block whose scales begin at p.
 template <int32_t S> static inline void group_scales(const uint8_t* p, int g, int part, V& scale, V& minimum) {
     using P = Packed<S>;
@@ -58,17 +45,14 @@ template <int32_t S> static inline void group_scales(const uint8_t* p, int g, in
         if constexpr (P::minima) minimum = -load_half((const uint16_t*)(p + 32) + from);
         else minimum = d * (float)(S == RV_Q8_0 && Dot<8>::centred ? 0 : P::offset);
     } else if constexpr (S == RV_Q4_K || S == RV_Q5_K) {
-        scale = d * bytes_to_floats(bytes);
-        minimum = load_half((const uint16_t*)(p + 32) + from) * bytes_to_floats(bytes + 16);
+        scale = d * floats(widen(bytes));
+        minimum = load_half((const uint16_t*)(p + 32) + from) * floats(widen(bytes + 16));
     } else if constexpr (S == RV_Q2_K) {
-        typedef uint8_t Few __attribute__((vector_size(kLanes)));
-        Few both;
-        memcpy(&both, bytes, sizeof both);
-        scale = d * __builtin_convertvector(__builtin_convertvector(both & 15, VI), V);
-        minimum = load_half((const uint16_t*)(p + 32) + from) *
-                  __builtin_convertvector(__builtin_convertvector(both >> 4, VI), V);
+        const VI both = widen(bytes);
+        scale = d * floats(both & 15);
+        minimum = load_half((const uint16_t*)(p + 32) + from) * floats(both >> 4);
     } else {
-        scale = d * bytes_to_floats((const int8_t*)bytes);
+        scale = d * floats(widen((const int8_t*)bytes));
         minimum = scale * (float)P::offset;
     }
 }
@@ -96,35 +80,40 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
     }
 }
 
-// One panel with one tile of NT tokens: out[NT][kPanelRows].
-template <int32_t S, int NT>
+// One panel with one tile of NT tokens: out[NT][kPanelRows]. FINE: with the second bytes of the activations.
+template <int32_t S, int NT, bool FINE>
 static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
-    constexpr int group = P::group, quads = group / 4;
-    const int8_t *xq = x.q + t * cols, *xr = x.r + t * cols;
-    const float *d = x.d + t * (cols / 32), *sums = group == 32 ? x.s32 + t * (cols / 32) : x.s16 + t * (cols / 16);
-    const uint8_t* fine = x.fine + t * (cols / 32);
+    constexpr int quads = P::group / 4, groups = P::block / P::group;
     for (int part = 0; part < kParts; part++) {
         const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols);
+        const int8_t *q = x.q + t * cols, *r = FINE ? x.r + t * cols : nullptr;
+        const float *d = x.d + t * (cols / 32), *sums = P::group == 32 ? x.s32 + t * (cols / 32) : x.s16 + t * (cols / 16);
         V total[NT] = {};
-        for (int64_t c = 0; c < cols / 32; c++, cell += P::planes) {
-#pragma GCC unroll 2
-            for (int half = 0; half < 32 / group; half++) {
+        for (int64_t b = 0; b < cols / P::block; b++, scales += P::scales) {
+#pragma GCC unroll 1
+            for (int g = 0; g < groups; g++) {
                 V scale, minimum;
-                group_scales<S>(scales, P::block == 32 ? 0 : (int)(c % 8) * (32 / group) + half, part, scale, minimum);
-                const int64_t at = (c * 32 + half * group) * NT;
+                group_scales<S>(scales, g, part, scale, minimum);
+                if (!FINE) scale *= 256.0f;
+                const int first = P::group == 32 ? 0 : g % 2 * quads;
                 VI dots[NT] = {};
-                dot_quads<S, NT, quads>(cell, half * quads, part, xq + at, dots);
+                dot_quads<S, NT, quads>(cell, first, part, q, dots);
+                if constexpr (FINE) {
 #pragma GCC unroll 16
-                for (int n = 0; n < NT; n++) dots[n] <<= 8;
-                if (fine[c]) dot_quads<S, NT, quads>(cell, half * quads, part, xr + at, dots);
+                    for (int n = 0; n < NT; n++) dots[n] <<= 8;
+                    dot_quads<S, NT, quads>(cell, first, part, r, dots);
+                    r += P::group * NT;
+                }
+                q += P::group * NT;
 #pragma GCC unroll 16
                 for (int n = 0; n < NT; n++) {
-                    total[n] += __builtin_convertvector(dots[n], V) * (scale * d[c * NT + n]);
-                    total[n] -= minimum * sums[(c * (32 / group) + half) * NT + n];
+                    total[n] += floats(dots[n]) * (scale * d[n]);
+                    total[n] -= minimum * sums[n];
                 }
+                sums += NT;
+                if (P::group == 32 || g % 2) cell += P::planes, d += NT;
             }
-            if (P::block == 32 || c % 8 == 7) scales += P::scales;
         }
 #pragma GCC unroll 16
         for (int n = 0; n < NT; n++) store(out + n * kPanelRows + part * kLanes, total[n]);
@@ -154,8 +143,9 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
                 constexpr int NT = decltype(width)::scheme;
                 for (int64_t r = from; r < least(from + step, end); r += kPanelRows) {
                     alignas(64) float found[NT * kPanelRows];
-                    panel_tile<decltype(scheme)::scheme, NT>(w.panels + r / kPanelRows * w.panel_bytes, x.cols, x, t,
-                                                             found);
+                    const uint8_t* panel = w.panels + r / kPanelRows * w.panel_bytes;
+                    if (x.r) panel_tile<decltype(scheme)::scheme, NT, true>(panel, x.cols, x, t, found);
+                    else panel_tile<decltype(scheme)::scheme, NT, false>(panel, x.cols, x, t, found);
                     put(found, least(NT, x.count - t), least(kPanelRows, w.source.rows - r),
                         w.source.bias ? w.source.bias + r : nullptr, out + t * stride + r, stride);
                 }
@@ -166,15 +156,13 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
 // Values as 256 * q + r in units of d, for the tile of tokens that begins with t.
 static void quantize(const Activations& to, int64_t t, int64_t width) {
     const int64_t cols = to.cols, cells = cols / 32;
-    int8_t *q = to.q + t * cols, *r = to.r + t * cols;
+    int8_t *q = to.q + t * cols, *r = to.r ? to.r + t * cols : nullptr;
     float *d = to.d + t * cells, *s32 = to.s32 + t * cells, *s16 = to.s16 + t * 2 * cells;
-    uint8_t* fine = to.fine + t * cells;
-    memset(fine, 1, (size_t)cells);
     for (int64_t n = 0; n < width; n++) {
         if (t + n >= to.count) {
             for (int64_t i = 0; i < cols / 4; i++) {
                 memset(q + 4 * (i * width + n), 0, 4);
-                memset(r + 4 * (i * width + n), 0, 4);
+                if (r) memset(r + 4 * (i * width + n), 0, 4);
             }
             for (int64_t c = 0; c < cells; c++)
                 d[c * width + n] = s32[c * width + n] = s16[2 * c * width + n] = s16[(2 * c + 1) * width + n] = 0;
@@ -189,21 +177,22 @@ static void quantize(const Activations& to, int64_t t, int64_t width) {
             alignas(64) int8_t coarse[32], rest[32];
             int32_t sums[2] = {};
             for (int i = 0; i < 32; i += kLanes) {
-                typedef int8_t Short __attribute__((vector_size(kLanes)));
                 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
                 const V scaled = load(x + i) * inverse, shifted = scaled + 12582912.0f;
                 const VI whole = (VI)shifted - 0x4b400000;
-                V left = (scaled - (shifted - 12582912.0f)) * 256.0f;
-                left = vmin(vmax(left, splat(-127.0f)), splat(127.0f));
-                const VI part = (VI)(left + 12582912.0f) - 0x4b400000;
-                const Short a = __builtin_convertvector(whole, Short), b = __builtin_convertvector(part, Short);
-                memcpy(coarse + i, &a, sizeof a);
-                memcpy(rest + i, &b, sizeof b);
+                VI part{};
+                if (r) {
+                    V left = (scaled - (shifted - 12582912.0f)) * 256.0f;
+                    left = vmin(vmax(left, splat(-127.0f)), splat(127.0f));
+                    part = (VI)(left + 12582912.0f) - 0x4b400000;
+                    store_bytes(rest + i, part);
+                }
+                store_bytes(coarse + i, whole);
                 sums[i / 16] += sum((whole << 8) + part);
             }
             for (int i = 0; i < 8; i++) {
                 memcpy(q + 4 * ((c * 8 + i) * width + n), coarse + 4 * i, 4);
-                memcpy(r + 4 * ((c * 8 + i) * width + n), rest + 4 * i, 4);
+                if (r) memcpy(r + 4 * ((c * 8 + i) * width + n), rest + 4 * i, 4);
             }
             const float step = unit / 256.0f;
             d[c * width + n] = step;

@@ -15,7 +15,7 @@ from ruvllm_core.protocols import Weights
 from ruvllm_kernels_cpu import abi
 
 
-def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
+def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[abi.Model, list[Any]]:
     """The structure, and the objects whose memory it points to.
 
     Raises `ModelError` for a weight that is missing, has another shape, or that the spec does not know of.
@@ -73,6 +73,7 @@ def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
         rope_dim=spec.rope_dim,
         rope_interleaved=spec.rope_interleaved,
         activation=abi.ACTIVATIONS.index(spec.activation),
+        activation_bits=activation_bits,
         eps=spec.norm_eps,
         scale=spec.scale,
         attention_softcap=spec.attention_softcap or 0.0,
