@@ -80,14 +80,14 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
     }
 }
 
-// One panel with one tile of NT tokens: out[NT][kPanelRows]. FINE: with the second bytes of the activations.
-template <int32_t S, int NT, bool FINE>
+// One panel with one tile of NT tokens: out[NT][kPanelRows].
+template <int32_t S, int NT>
 static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
     constexpr int quads = P::group / 4, groups = P::block / P::group;
     for (int part = 0; part < kParts; part++) {
-        const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols);
-        const int8_t *q = x.q + t * cols, *r = FINE ? x.r + t * cols : nullptr;
+        const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols), *fine = x.fine + t * (cols / 32);
+        const int8_t *q = x.q + t * cols, *r = x.r + t * cols;
         const float *d = x.d + t * (cols / 32), *sums = P::group == 32 ? x.s32 + t * (cols / 32) : x.s16 + t * (cols / 16);
         V total[NT] = {};
         for (int64_t b = 0; b < cols / P::block; b++, scales += P::scales) {
@@ -95,24 +95,25 @@ static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activati
             for (int g = 0; g < groups; g++) {
                 V scale, minimum;
                 group_scales<S>(scales, g, part, scale, minimum);
-                if (!FINE) scale *= 256.0f;
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
                 VI dots[NT] = {};
                 dot_quads<S, NT, quads>(cell, first, part, q, dots);
-                if constexpr (FINE) {
+                if (*fine) {
 #pragma GCC unroll 16
                     for (int n = 0; n < NT; n++) dots[n] <<= 8;
                     dot_quads<S, NT, quads>(cell, first, part, r, dots);
-                    r += P::group * NT;
+                } else {
+                    scale *= 256.0f;
                 }
                 q += P::group * NT;
+                r += P::group * NT;
 #pragma GCC unroll 16
                 for (int n = 0; n < NT; n++) {
                     total[n] += floats(dots[n]) * (scale * d[n]);
                     total[n] -= minimum * sums[n];
                 }
                 sums += NT;
-                if (P::group == 32 || g % 2) cell += P::planes, d += NT;
+                if (P::group == 32 || g % 2) cell += P::planes, d += NT, fine++;
             }
         }
 #pragma GCC unroll 16
@@ -143,9 +144,8 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
                 constexpr int NT = decltype(width)::scheme;
                 for (int64_t r = from; r < least(from + step, end); r += kPanelRows) {
                     alignas(64) float found[NT * kPanelRows];
-                    const uint8_t* panel = w.panels + r / kPanelRows * w.panel_bytes;
-                    if (x.r) panel_tile<decltype(scheme)::scheme, NT, true>(panel, x.cols, x, t, found);
-                    else panel_tile<decltype(scheme)::scheme, NT, false>(panel, x.cols, x, t, found);
+                    panel_tile<decltype(scheme)::scheme, NT>(w.panels + r / kPanelRows * w.panel_bytes, x.cols, x, t,
+                                                             found);
                     put(found, least(NT, x.count - t), least(kPanelRows, w.source.rows - r),
                         w.source.bias ? w.source.bias + r : nullptr, out + t * stride + r, stride);
                 }
@@ -153,52 +153,71 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
     });
 }
 
-// Values as 256 * q + r in units of d, for the tile of tokens that begins with t.
-static void quantize(const Activations& to, int64_t t, int64_t width) {
-    const int64_t cols = to.cols, cells = cols / 32;
-    int8_t *q = to.q + t * cols, *r = to.r ? to.r + t * cols : nullptr;
-    float *d = to.d + t * cells, *s32 = to.s32 + t * cells, *s16 = to.s16 + t * 2 * cells;
-    for (int64_t n = 0; n < width; n++) {
-        if (t + n >= to.count) {
-            for (int64_t i = 0; i < cols / 4; i++) {
-                memset(q + 4 * (i * width + n), 0, 4);
-                if (r) memset(r + 4 * (i * width + n), 0, 4);
-            }
-            for (int64_t c = 0; c < cells; c++)
-                d[c * width + n] = s32[c * width + n] = s16[2 * c * width + n] = s16[(2 * c + 1) * width + n] = 0;
-            continue;
+// The largest magnitude of 32 values.
+static inline float top_of(const float* x) {
+    V top{};
+    for (int i = 0; i < 32; i += kLanes) top = vmax(top, vmax(load(x + i), -load(x + i)));
+    return largest(top);
+}
+
+// 32 values as q, and as r where it is wanted, with the sums of each half in units of top / (127 * 256).
+static inline void two_bytes(const float* x, float top, bool wanted, int8_t* q, int8_t* r, int32_t* sums) {
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    V half[2] = {};  // sums of integers below 2^19, exact
+    for (int i = 0; i < 32; i += kLanes) {
+        const V scaled = load(x + i) * inverse, shifted = scaled + magic, whole = shifted - magic;
+        V rest{};
+        if (wanted) {
+            rest = vmin(vmax((scaled - whole) * 256.0f, splat(-127.0f)), splat(127.0f)) + magic;
+            store_bytes(r + i, (VI)rest - 0x4b400000);
+            rest = rest - magic;
         }
+        store_bytes(q + i, (VI)shifted - 0x4b400000);
+        half[i / 16] += whole * 256.0f + rest;
+    }
+    sums[0] = (int32_t)sum(half[0]);
+    sums[1] = (int32_t)sum(half[1]);
+}
+
+// The tile of tokens that begins with t.
+static void quantize(const Activations& to, int64_t t, int64_t width) {
+    const int64_t cols = to.cols, cells = cols / 32, count = least(width, to.count - t);
+    int8_t *q = to.q + t * cols, *r = to.r + t * cols;
+    float *d = to.d + t * cells, *s32 = to.s32 + t * cells, *s16 = to.s16 + t * 2 * cells;
+    uint8_t* fine = to.fine + t * cells;
+    memset(fine, 0, (size_t)cells);
+    if (count < width) {
+        memset(q, 0, (size_t)(width * cols));
+        memset(d, 0, (size_t)(width * cells) * 4);
+        memset(s32, 0, (size_t)(width * cells) * 4);
+        memset(s16, 0, (size_t)(width * 2 * cells) * 4);
+    }
+    memset(r, 0, (size_t)(width * cols));
+    for (int64_t n = 0; n < count; n++) {
         const float* x = to.x + (t + n) * cols;
-        for (int64_t c = 0; c < cells; c++, x += 32) {
-            V top{};
-            for (int i = 0; i < 32; i += kLanes) top = vmax(top, vmax(load(x + i), -load(x + i)));
-            const float largest_of = largest(top), unit = largest_of / 127.0f;
-            const float inverse = largest_of > 0 ? 127.0f / largest_of : 0.0f;
-            alignas(64) int8_t coarse[32], rest[32];
-            int32_t sums[2] = {};
-            for (int i = 0; i < 32; i += kLanes) {
-                // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-                const V scaled = load(x + i) * inverse, shifted = scaled + 12582912.0f;
-                const VI whole = (VI)shifted - 0x4b400000;
-                VI part{};
-                if (r) {
-                    V left = (scaled - (shifted - 12582912.0f)) * 256.0f;
-                    left = vmin(vmax(left, splat(-127.0f)), splat(127.0f));
-                    part = (VI)(left + 12582912.0f) - 0x4b400000;
-                    store_bytes(rest + i, part);
-                }
-                store_bytes(coarse + i, whole);
-                sums[i / 16] += sum((whole << 8) + part);
+        float squares = 0;
+        for (int64_t c = 0; c < cells; c++) {
+            const float top = top_of(x + 32 * c);
+            d[c * width + n] = top;
+            squares += top * top;
+        }
+        const float limit = to.outlier * to.outlier * squares / (float)cells;
+        for (int64_t c = 0; c < cells; c++) {
+            const float top = d[c * width + n], unit = top / (127.0f * 256.0f);
+            const bool wanted = top * top >= limit;
+            alignas(64) int8_t high[32], low[32];
+            int32_t found[2];
+            two_bytes(x + 32 * c, top, wanted, high, low, found);
+            for (int i = 0; i < 8; i++) memcpy(q + 4 * ((c * 8 + i) * width + n), high + 4 * i, 4);
+            if (wanted) {
+                fine[c] = 1;
+                for (int i = 0; i < 8; i++) memcpy(r + 4 * ((c * 8 + i) * width + n), low + 4 * i, 4);
             }
-            for (int i = 0; i < 8; i++) {
-                memcpy(q + 4 * ((c * 8 + i) * width + n), coarse + 4 * i, 4);
-                if (r) memcpy(r + 4 * ((c * 8 + i) * width + n), rest + 4 * i, 4);
-            }
-            const float step = unit / 256.0f;
-            d[c * width + n] = step;
-            s16[2 * c * width + n] = step * (float)sums[0];
-            s16[(2 * c + 1) * width + n] = step * (float)sums[1];
-            s32[c * width + n] = step * (float)(sums[0] + sums[1]);
+            d[c * width + n] = unit;
+            s16[2 * c * width + n] = unit * (float)found[0];
+            s16[(2 * c + 1) * width + n] = unit * (float)found[1];
+            s32[c * width + n] = unit * (float)(found[0] + found[1]);
         }
     }
 }
