@@ -41,7 +41,7 @@ struct RvModel {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, rope_dim;
     int32_t rope_interleaved, activation;
     float eps, scale, attention_softcap, logit_softcap;  // a cap of 0 is none
-    float outlier, unused;  // which activations take two bytes (Activations in kernels.h)
+    int32_t activation_bits, unused;  // 16 or 8: of what quantized weights are multiplied with
     RvMatrix embed, head;
     const float* final_norm;
     const RvLayer* layer;

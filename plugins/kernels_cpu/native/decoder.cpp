@@ -94,9 +94,7 @@ Activations RvDecoder::describe(const float* x, int64_t count, int64_t cols, boo
     if (quantized) {
         const int64_t room = count + kMaxTile, cells = cols / 32;
         found.q = bytes_.room(2 * room * cols);
-        found.r = found.q + room * cols;
-        found.fine = fine_.room(room * cells);
-        found.outlier = model_.outlier;
+        if (model_.activation_bits == 16) found.r = found.q + room * cols;
         found.d = scales_.room(4 * room * cells);
         found.s32 = found.d + room * cells;
         found.s16 = found.s32 + room * cells;

@@ -55,5 +55,4 @@ struct RvDecoder {
     std::vector<AttentionTask> tasks_;
     Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, delta_, partial_;
     Buffer<int8_t> bytes_;
-    Buffer<uint8_t> fine_;
 };

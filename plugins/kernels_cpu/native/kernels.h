@@ -16,21 +16,17 @@ struct Matrix {
     int64_t panel_bytes;
 };
 
-// Activations of T tokens, [T, cols], as floats and, for quantized weights, as two bytes with a scale for each 32 columns:
-// x = d * (256 * q + r). r is nothing but zeros where a token's own values say that q is fine enough (`outlier`), so that
-// results do not depend on what shares a batch; `fine` says for each 32 columns of a tile whether any r is not. Tokens
-// stand in tiles (see tile_width): the arrays of a tile that begins with token t begin at t * (their size for one token),
-// and within them the tokens are innermost.
+// Activations of T tokens, [T, cols], as floats and, for quantized weights, as one or two bytes with a scale for each 32
+// columns: x = d * (256 * q + r), or without r x = d * 256 * q. Tokens stand in tiles (see tile_width): the arrays of a
+// tile that begins with token t begin at t * (their size for one token), and within them the tokens are innermost.
 struct Activations {
     const float* x = nullptr;
     int64_t count = 0, cols = 0;
     int8_t* q = nullptr;     // tiles of [cols / 4][width][4]
-    int8_t* r = nullptr;     // the same
+    int8_t* r = nullptr;     // the same, or null
     float* d = nullptr;      // tiles of [cols / 32][width]
     float* s32 = nullptr;    // tiles of [cols / 32][width]: sums of the values
     float* s16 = nullptr;    // tiles of [cols / 16][width]
-    uint8_t* fine = nullptr; // tiles of [cols / 32], as far apart as d
-    float outlier = 0;       // 32 columns have an r if their d is at least this multiple of the token's mean square d
 };
 
 // How many tokens wide the tile is that begins with token t: all but the last are `tile`; the last is the next power of

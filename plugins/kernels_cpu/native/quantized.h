@@ -80,14 +80,14 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
     }
 }
 
-// One panel with one tile of NT tokens: out[NT][kPanelRows].
-template <int32_t S, int NT>
+// One panel with one tile of NT tokens: out[NT][kPanelRows]. TWO: with the second bytes of the activations.
+template <int32_t S, int NT, bool TWO>
 static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
     constexpr int quads = P::group / 4, groups = P::block / P::group;
     for (int part = 0; part < kParts; part++) {
-        const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols), *fine = x.fine + t * (cols / 32);
-        const int8_t *q = x.q + t * cols, *r = x.r + t * cols;
+        const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols);
+        const int8_t *q = x.q + t * cols, *r = TWO ? x.r + t * cols : nullptr;
         const float *d = x.d + t * (cols / 32), *sums = P::group == 32 ? x.s32 + t * (cols / 32) : x.s16 + t * (cols / 16);
         V total[NT] = {};
         for (int64_t b = 0; b < cols / P::block; b++, scales += P::scales) {
@@ -98,22 +98,22 @@ static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activati
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
                 VI dots[NT] = {};
                 dot_quads<S, NT, quads>(cell, first, part, q, dots);
-                if (*fine) {
+                if constexpr (TWO) {
 #pragma GCC unroll 16
                     for (int n = 0; n < NT; n++) dots[n] <<= 8;
                     dot_quads<S, NT, quads>(cell, first, part, r, dots);
+                    r += P::group * NT;
                 } else {
                     scale *= 256.0f;
                 }
                 q += P::group * NT;
-                r += P::group * NT;
 #pragma GCC unroll 16
                 for (int n = 0; n < NT; n++) {
                     total[n] += floats(dots[n]) * (scale * d[n]);
                     total[n] -= minimum * sums[n];
                 }
                 sums += NT;
-                if (P::group == 32 || g % 2) cell += P::planes, d += NT, fine++;
+                if (P::group == 32 || g % 2) cell += P::planes, d += NT;
             }
         }
 #pragma GCC unroll 16
@@ -144,8 +144,9 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
                 constexpr int NT = decltype(width)::scheme;
                 for (int64_t r = from; r < least(from + step, end); r += kPanelRows) {
                     alignas(64) float found[NT * kPanelRows];
-                    panel_tile<decltype(scheme)::scheme, NT>(w.panels + r / kPanelRows * w.panel_bytes, x.cols, x, t,
-                                                             found);
+                    const uint8_t* panel = w.panels + r / kPanelRows * w.panel_bytes;
+                    if (x.r) panel_tile<decltype(scheme)::scheme, NT, true>(panel, x.cols, x, t, found);
+                    else panel_tile<decltype(scheme)::scheme, NT, false>(panel, x.cols, x, t, found);
                     put(found, least(NT, x.count - t), least(kPanelRows, w.source.rows - r),
                         w.source.bias ? w.source.bias + r : nullptr, out + t * stride + r, stride);
                 }
@@ -160,15 +161,15 @@ static inline float top_of(const float* x) {
     return largest(top);
 }
 
-// 32 values as q, and as r where it is wanted, with the sums of each half in units of top / (127 * 256).
-static inline void two_bytes(const float* x, float top, bool wanted, int8_t* q, int8_t* r, int32_t* sums) {
+// 32 values as q, and as r if it is not null, with the sums of each half in units of top / (127 * 256).
+static inline void two_bytes(const float* x, float top, int8_t* q, int8_t* r, int32_t* sums) {
     constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
     const float inverse = top > 0 ? 127.0f / top : 0.0f;
     V half[2] = {};  // sums of integers below 2^19, exact
     for (int i = 0; i < 32; i += kLanes) {
         const V scaled = load(x + i) * inverse, shifted = scaled + magic, whole = shifted - magic;
         V rest{};
-        if (wanted) {
+        if (r) {
             rest = vmin(vmax((scaled - whole) * 256.0f, splat(-127.0f)), splat(127.0f)) + magic;
             store_bytes(r + i, (VI)rest - 0x4b400000);
             rest = rest - magic;
@@ -183,43 +184,31 @@ static inline void two_bytes(const float* x, float top, bool wanted, int8_t* q, 
 // The tile of tokens that begins with t.
 static void quantize(const Activations& to, int64_t t, int64_t width) {
     const int64_t cols = to.cols, cells = cols / 32, count = least(width, to.count - t);
-    int8_t *q = to.q + t * cols, *r = to.r + t * cols;
+    int8_t *q = to.q + t * cols, *r = to.r ? to.r + t * cols : nullptr;
     float *d = to.d + t * cells, *s32 = to.s32 + t * cells, *s16 = to.s16 + t * 2 * cells;
-    uint8_t* fine = to.fine + t * cells;
-    memset(fine, 0, (size_t)cells);
     if (count < width) {
         memset(q, 0, (size_t)(width * cols));
+        if (r) memset(r, 0, (size_t)(width * cols));
         memset(d, 0, (size_t)(width * cells) * 4);
         memset(s32, 0, (size_t)(width * cells) * 4);
         memset(s16, 0, (size_t)(width * 2 * cells) * 4);
     }
-    memset(r, 0, (size_t)(width * cols));
-    for (int64_t n = 0; n < count; n++) {
-        const float* x = to.x + (t + n) * cols;
-        float squares = 0;
+    for (int64_t n = 0; n < count; n++)
         for (int64_t c = 0; c < cells; c++) {
-            const float top = top_of(x + 32 * c);
-            d[c * width + n] = top;
-            squares += top * top;
-        }
-        const float limit = to.outlier * to.outlier * squares / (float)cells;
-        for (int64_t c = 0; c < cells; c++) {
-            const float top = d[c * width + n], unit = top / (127.0f * 256.0f);
-            const bool wanted = top * top >= limit;
+            const float* x = to.x + (t + n) * cols + 32 * c;
+            const float top = top_of(x), unit = top / (127.0f * 256.0f);
             alignas(64) int8_t high[32], low[32];
             int32_t found[2];
-            two_bytes(x + 32 * c, top, wanted, high, low, found);
-            for (int i = 0; i < 8; i++) memcpy(q + 4 * ((c * 8 + i) * width + n), high + 4 * i, 4);
-            if (wanted) {
-                fine[c] = 1;
-                for (int i = 0; i < 8; i++) memcpy(r + 4 * ((c * 8 + i) * width + n), low + 4 * i, 4);
+            two_bytes(x, top, high, r ? low : nullptr, found);
+            for (int i = 0; i < 8; i++) {
+                memcpy(q + 4 * ((c * 8 + i) * width + n), high + 4 * i, 4);
+                if (r) memcpy(r + 4 * ((c * 8 + i) * width + n), low + 4 * i, 4);
             }
             d[c * width + n] = unit;
             s16[2 * c * width + n] = unit * (float)found[0];
             s16[(2 * c + 1) * width + n] = unit * (float)found[1];
             s32[c * width + n] = unit * (float)(found[0] + found[1]);
         }
-    }
 }
 
 }  // namespace

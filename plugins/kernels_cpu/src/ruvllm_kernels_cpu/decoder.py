@@ -29,7 +29,7 @@ class CpuDecoder:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, options: DecoderOptions, table: ctypes.c_void_p, outlier: float
+        self, spec: ModelSpec, weights: Weights, options: DecoderOptions, table: ctypes.c_void_p, activation_bits: int
     ) -> None:
         self.spec = spec
         first = {"float32": "f32", "bfloat16": "bf16"}.get(options.dtype, "f16")
@@ -39,7 +39,7 @@ class CpuDecoder:
         self._rope: dict[int, tuple[FloatArray, FloatArray]] = {}
         self._handle = ctypes.c_void_p()
         self._library = load()
-        model, self._owners = describe(spec, weights, outlier)
+        model, self._owners = describe(spec, weights, activation_bits)
         self._check(self._library.rv_open(model, table, self.threads, ctypes.byref(self._handle)))
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:

@@ -15,7 +15,7 @@ from ruvllm_core.protocols import Weights
 from ruvllm_kernels_cpu import abi
 
 
-def describe(spec: ModelSpec, weights: Weights, outlier: float) -> tuple[abi.Model, list[Any]]:
+def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[abi.Model, list[Any]]:
     """The structure, and the objects whose memory it points to.
 
     Raises `ModelError` for a weight that is missing, has another shape, or that the spec does not know of.
@@ -77,7 +77,7 @@ def describe(spec: ModelSpec, weights: Weights, outlier: float) -> tuple[abi.Mod
         scale=spec.scale,
         attention_softcap=spec.attention_softcap or 0.0,
         logit_softcap=spec.logit_softcap or 0.0,
-        outlier=outlier,
+        activation_bits=activation_bits,
         embed=embed,
         head=embed if spec.tied_embeddings else matrix("lm_head"),
         final_norm=vector("final_norm"),

@@ -25,10 +25,10 @@ class CpuKernels:
 
     device = "cpu"
 
-    def __init__(self, options: DecoderOptions, isa: str = "auto", outlier: float = 0.0) -> None:
+    def __init__(self, options: DecoderOptions, isa: str = "auto", activation_bits: int = 16) -> None:
         if options.device not in ("auto", "cpu"):
             raise ConfigError(f"device {options.device}: kernels cpu run on the CPU only", hint="use device cpu")
-        self._outlier = outlier
+        self._activation_bits = activation_bits
         self._table = library.kernels(isa)
         self.isa = library.name(self._table)
 
@@ -38,4 +38,4 @@ class CpuKernels:
     def decoder(self, spec: ModelSpec, weights: Weights, options: DecoderOptions) -> Decoder:
         from ruvllm_kernels_cpu.decoder import CpuDecoder
 
-        return CpuDecoder(spec, weights, options, self._table, self._outlier)
+        return CpuDecoder(spec, weights, options, self._table, self._activation_bits)
