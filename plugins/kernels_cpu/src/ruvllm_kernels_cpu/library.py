@@ -57,6 +57,8 @@ def load() -> ctypes.CDLL:
 
 def pick_isa(wanted: str) -> str:
     """The instruction set that `wanted` (one of `ISAS`) selects. Raises `ConfigError` if the processor lacks it."""
+    if wanted == "neon":
+        raise ConfigError("isa neon: kernels cpu have no NEON code", hint="use kernels neon, of ruvllm-kernels-neon")
     if wanted not in ISAS:
         raise ConfigError(f"isa {wanted!r} is none of {', '.join(ISAS)}")
     found = load().rv_isa(wanted.encode())
