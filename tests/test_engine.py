@@ -388,7 +388,7 @@ def test_kernels_that_fail_are_passed_over_unless_asked_for() -> None:
     registry.register(hooks, "failing", "tests", "0")
     settings = Settings(max_context=64)
     with Engine.load(settings=settings, registry=registry) as engine:
-        assert engine.info.kernels == registry.entries("kernels")[2].name != "failing"
+        assert engine.info.kernels not in ("failing", "absent")
     with pytest.raises(PluginError, match=r"(?s)failing: TypeError.*absent: .*cannot run here: no"):
         Engine.load(settings=settings, registry=registry, config=ModelConfig(kernels=["failing", "absent"]))
     with pytest.raises(TypeError):
