@@ -27,14 +27,13 @@ template <class F> int32_t guarded(F&& body) {
 
 RV_API int32_t rv_abi_version() { return RV_ABI_VERSION; }
 
-// The name of the instruction set that `wanted` selects here, or null if this processor has not got it.
-RV_API const char* rv_isa(const char* wanted) {
-    const Kernels* found = find_kernels(wanted);
-    return found ? found->name : nullptr;
-}
+// The kernels that `wanted` selects here, or null if this processor has not got them.
+RV_API const Kernels* rv_kernels(const char* wanted) { return find_kernels(wanted); }
 
-RV_API int32_t rv_open(const RvModel* model, const char* isa, int32_t threads, RvDecoder** out) {
-    return guarded([&] { *out = new RvDecoder(*model, *find_kernels(isa), threads); });
+RV_API const char* rv_kernels_name(const Kernels* kernels) { return kernels->name; }
+
+RV_API int32_t rv_open(const RvModel* model, const Kernels* kernels, int32_t threads, RvDecoder** out) {
+    return guarded([&] { *out = new RvDecoder(*model, *kernels, threads); });
 }
 
 RV_API void rv_close(RvDecoder* decoder) { delete decoder; }

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#define RV_ABI_VERSION 1
+#define RV_ABI_VERSION 2
 #define RV_API extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -13,14 +13,18 @@ enum RvScheme : int32_t {
     RV_Q2_K = 10, RV_Q3_K = 11, RV_Q4_K = 12, RV_Q5_K = 13, RV_Q6_K = 14, RV_BF16 = 30,
 };
 
+// How keys and values are stored.
+enum RvKvType : int32_t { RV_KV_F32 = 0, RV_KV_F16 = 1, RV_KV_BF16 = 2 };
+
 enum RvActivation : int32_t { RV_SILU = 0, RV_GELU_TANH = 1, RV_GELU = 2 };
 
-// Rows of encoded blocks, one after the other; bias is [rows] or null.
+// Rows of encoded blocks, one after the other; bias is [rows] or null. mapped: data lies in a read-only mapping of a file,
+// whose pages may be let go.
 struct RvMatrix {
     const uint8_t* data;
     const float* bias;
     int64_t rows, cols, row_bytes;
-    int32_t scheme, unused;
+    int32_t scheme, mapped;
 };
 
 // The order of the matrices is that of RvSite.
@@ -36,6 +40,7 @@ struct RvLayer {
 struct RvModel {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, rope_dim;
     int32_t rope_interleaved, activation;
+    int32_t activation_bits, unused;  // 16 or 8: of the activations that quantized weights are multiplied with
     float eps, scale, attention_softcap, logit_softcap;  // a cap of 0 is none
     RvMatrix embed, head;
     const float* final_norm;
@@ -43,7 +48,7 @@ struct RvModel {
 };
 
 struct RvSegment {
-    int32_t half, block_size, table_stride, unused;  // half: values are f16, else f32
+    int32_t type, block_size, table_stride, unused;  // type: RvKvType
     const int32_t* table;    // [B, table_stride]
     const int32_t* lengths;  // [B]
     const int32_t* starts;   // [B]

@@ -7,144 +7,243 @@
 namespace {
 
 constexpr float kUnseen = -1e30f;
+constexpr int kRowStep = kLanes == 16 ? 6 : 4;  // rows whose sums a loop keeps in registers
+constexpr int kWide = kLanes == 16 ? 4 : 2;     // registers of keys beside them
 
-// Keys or values of positions [from, from + count) of a segment as float [count, padded], zeros behind head_dim.
+// Rows that are few are scored key by key; more are worth turning the keys.
+constexpr int64_t kFewRows = 12;
+
+template <int32_t TYPE> static inline V load_stored(const void* p, int64_t at) {
+    if constexpr (TYPE == RV_KV_F16) return load_half((const uint16_t*)p + at);
+    if constexpr (TYPE == RV_KV_BF16) return load_bf16((const uint16_t*)p + at);
+    return load((const float*)p + at);
+}
+
+template <int32_t TYPE> static inline float one_stored(const void* p, int64_t at) {
+    if constexpr (TYPE == RV_KV_F16) return half_to_float(((const uint16_t*)p)[at]);
+    if constexpr (TYPE == RV_KV_BF16) return bf16_to_float(((const uint16_t*)p)[at]);
+    return ((const float*)p)[at];
+}
+
+// Where the keys or values of a position begin, in elements.
+static inline int64_t stored_at(const RvSegment& segment, const AttentionTask& task, int64_t at) {
+    const int32_t block = segment.table[(int64_t)task.sequence * segment.table_stride + at / segment.block_size];
+    return (((int64_t)block * task.model->kv_heads + task.kv_head) * segment.block_size + at % segment.block_size) *
+           task.model->head_dim;
+}
+
+// Keys or values [from, from + count) of a segment as float [count, padded], zeros behind head_dim.
+template <int32_t TYPE>
 static void gather(const RvSegment& segment, const void* stored, const AttentionTask& task, int64_t from,
                    int64_t count, int64_t padded, float* out) {
-    const int64_t dim = task.model->head_dim, size = segment.block_size, heads = task.model->kv_heads;
-    const int32_t* table = segment.table + (int64_t)task.sequence * segment.table_stride;
+    const int64_t dim = task.model->head_dim;
     for (int64_t i = 0; i < count; i++, out += padded) {
-        const int64_t at = from + i, row = ((int64_t)table[at / size] * heads + task.kv_head) * size + at % size;
+        const int64_t at = stored_at(segment, task, from + i);
         int64_t k = 0;
-        if (segment.half) {
-            const uint16_t* source = (const uint16_t*)stored + row * dim;
-            for (; k + kLanes <= dim; k += kLanes) store(out + k, load_half(source + k));
-            for (; k < dim; k++) out[k] = half_to_float(source[k]);
-        } else {
-            memcpy(out, (const float*)stored + row * dim, (size_t)dim * 4);
-            k = dim;
-        }
+        for (; k + kLanes <= dim; k += kLanes) store(out + k, load_stored<TYPE>(stored, at + k));
+        for (; k < dim; k++) out[k] = one_stored<TYPE>(stored, at + k);
         for (; k < padded; k++) out[k] = 0;
     }
 }
 
-// scores[row][key] for four rows at a time, the keys as [padded][kKeyTile]: no horizontal sums.
+// [kKeyTile][padded] to [padded][kKeyTile], of the first `count` keys rounded up to whole registers.
+static void turn_keys(const float* keys, int64_t count, int64_t padded, float* turned) {
+    for (int64_t key = 0; key < count; key += kLanes)
+        for (int64_t k = 0; k < padded; k += kLanes) {
+            V square[kLanes];
+            for (int i = 0; i < kLanes; i++) square[i] = load(keys + (key + i) * padded + k);
+            turn(square);
+            for (int i = 0; i < kLanes; i++) store(turned + (k + i) * kKeyTile + key, square[i]);
+        }
+}
+
+// scores[row][key], the keys as [padded][kKeyTile]: no sums across lanes.
 static void score_rows(const float* query, int64_t rows, int64_t padded, const float* turned, float* scores) {
-    constexpr int kWide = kLanes == 16 ? 4 : 2;  // as many sums as registers hold
-    for (int64_t r = 0; r < rows; r += 4)
+    for (int64_t r = 0; r < rows; r += kRowStep)
         for (int64_t key = 0; key < kKeyTile; key += kWide * kLanes) {
-            V s[4][kWide] = {};
-            for (int64_t k = 0; k < padded; k++)
-                for (int j = 0; j < kWide; j++) {
-                    const V one = load(turned + k * kKeyTile + key + j * kLanes);
-                    for (int i = 0; i < 4; i++) s[i][j] += one * query[(r + i) * padded + k];
-                }
-            for (int i = 0; i < 4; i++)
+            V s[kRowStep][kWide] = {};
+            for (int64_t k = 0; k < padded; k++) {
+                V wide[kWide];
+#pragma GCC unroll 4
+                for (int j = 0; j < kWide; j++) wide[j] = load(turned + k * kKeyTile + key + j * kLanes);
+#pragma GCC unroll 6
+                for (int i = 0; i < kRowStep; i++)
+#pragma GCC unroll 4
+                    for (int j = 0; j < kWide; j++) s[i][j] += wide[j] * query[(r + i) * padded + k];
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < kRowStep; i++)
+#pragma GCC unroll 4
                 for (int j = 0; j < kWide; j++) store(scores + (r + i) * kKeyTile + key + j * kLanes, s[i][j]);
         }
 }
 
-static void score_few(const float* query, int64_t rows, int64_t padded, const float* keys, int64_t count,
-                      float* scores) {
-    for (int64_t key = 0; key < count; key++)
-        for (int64_t r = 0; r < rows; r++) {
-            V s{};
-            for (int64_t k = 0; k < padded; k += kLanes)
-                s += load(query + r * padded + k) * load(keys + key * padded + k);
-            scores[r * kKeyTile + key] = sum(s);
+// The same for few rows, from keys as they are stored; head_dim is a multiple of a register.
+template <int32_t TYPE>
+static void score_few(const RvSegment& segment, const void* stored, const AttentionTask& task, int64_t from,
+                      int64_t count, const float* query, int64_t rows, int64_t padded, float* scores) {
+    const int64_t dim = task.model->head_dim;
+    for (int64_t r = 0; r < rows; r += kRowStep)
+        for (int64_t key = 0; key < count; key += kLanes) {
+            V products[kRowStep][kLanes];
+            const int64_t found = least(kLanes, count - key);
+            for (int64_t i = 0; i < found; i++) {
+                const int64_t at = stored_at(segment, task, from + key + i);
+                V s[kRowStep] = {};
+                for (int64_t k = 0; k < dim; k += kLanes) {
+                    const V one = load_stored<TYPE>(stored, at + k);
+#pragma GCC unroll 6
+                    for (int n = 0; n < kRowStep; n++) s[n] += one * load(query + (r + n) * padded + k);
+                }
+#pragma GCC unroll 6
+                for (int n = 0; n < kRowStep; n++) products[n][i] = s[n];
+            }
+            for (int n = 0; n < kRowStep; n++) {
+                for (int64_t i = found; i < kLanes; i++) products[n][i] = V{};
+                store(scores + (r + n) * kKeyTile + key, sums(products[n]));
+            }
         }
 }
 
-// mixed[row] += scores[row] @ values, four rows and two registers of columns at a time.
-static void mix(const float* scores, int64_t rows, const float* values, int64_t count, int64_t padded, float* mixed) {
-    for (int64_t r = 0; r < rows; r += 4)
+// mixed[row] += scores[row] @ values; value(key, k) loads a register.
+template <class F>
+static inline void mix(const float* scores, int64_t rows, int64_t count, int64_t padded, float* mixed, F&& value) {
+    for (int64_t r = 0; r < rows; r += kRowStep)
         for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-            V sum_of[4][2];
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 2; j++) sum_of[i][j] = load(mixed + (r + i) * padded + k + j * kLanes);
-            for (int64_t key = 0; key < count; key++)
-                for (int j = 0; j < 2; j++) {
-                    const V value = load(values + key * padded + k + j * kLanes);
-                    for (int i = 0; i < 4; i++) sum_of[i][j] += value * scores[(r + i) * kKeyTile + key];
+            V total[kRowStep][2];
+#pragma GCC unroll 6
+            for (int i = 0; i < kRowStep; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) total[i][j] = load(mixed + (r + i) * padded + k + j * kLanes);
+            for (int64_t key = 0; key < count; key++) {
+                const V a = value(key, k), b = value(key, k + kLanes);
+#pragma GCC unroll 6
+                for (int i = 0; i < kRowStep; i++) {
+                    const float s = scores[(r + i) * kKeyTile + key];
+                    total[i][0] += a * s;
+                    total[i][1] += b * s;
                 }
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 2; j++) store(mixed + (r + i) * padded + k + j * kLanes, sum_of[i][j]);
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < kRowStep; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) store(mixed + (r + i) * padded + k + j * kLanes, total[i][j]);
         }
+}
+
+// The rows of a task on their way through the keys.
+struct Rows {
+    int64_t count, full, group, padded;  // full: count rounded up to kRowStep
+    float *keys, *values, *query, *mixed, *scores, *best, *weight;
+};
+
+// One row of scores as the weights of its softmax so far; what came before fades with a larger maximum.
+static inline void soften(const AttentionTask& task, const Rows& rows, int64_t r, int64_t from, int64_t found) {
+    float* row = rows.scores + r * kKeyTile;
+    const float cap = task.model->attention_softcap;
+    const int64_t wide = round_up(found, kLanes), own = task.batch->positions[task.begin + r / rows.group];
+    if (cap > 0)
+        for (int64_t i = 0; i < wide; i += kLanes) store(row + i, vtanh(load(row + i) / cap) * cap);
+    for (int64_t i = most(0, least(found, own + 1 - from)); i < wide; i++) row[i] = kUnseen;
+    if (task.window)
+        for (int64_t i = 0; i < least(own - task.window + 1 - from, wide); i++) row[i] = kUnseen;
+    V top = load(row);
+    for (int64_t i = kLanes; i < wide; i += kLanes) top = vmax(top, load(row + i));
+    const float highest = largest(top), next = highest > rows.best[r] ? highest : rows.best[r];
+    if (next == kUnseen) {  // this token sees none of these keys
+        memset(row, 0, (size_t)wide * 4);
+        return;
+    }
+    V total{};
+    for (int64_t i = 0; i < wide; i += kLanes) {
+        const V p = vexp(load(row + i) - next);
+        store(row + i, p);
+        total += p;
+    }
+    if (next != rows.best[r]) {
+        const float fade = vexp(splat(rows.best[r] - next))[0];
+        float* mixed = rows.mixed + r * rows.padded;
+        rows.weight[r] *= fade;
+        for (int64_t k = 0; k < rows.padded; k += kLanes) store(mixed + k, load(mixed + k) * fade);
+        rows.best[r] = next;
+    }
+    rows.weight[r] += sum(total);
+}
+
+template <int32_t TYPE>
+static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t low, int64_t high) {
+    const int64_t start = segment.starts[task.sequence], padded = rows.padded;
+    const void *keys = segment.keys[task.layer], *values = segment.values[task.layer];
+    const bool few = rows.count <= kFewRows && task.model->head_dim % (2 * kLanes) == 0;
+    for (int64_t at = low; at < high; at += kKeyTile) {
+        const int64_t found = least(kKeyTile, high - at);
+        if (few) {
+            score_few<TYPE>(segment, keys, task, at, found, rows.query, rows.full, padded, rows.scores);
+        } else {
+            gather<TYPE>(segment, keys, task, at, found, padded, rows.values);
+            turn_keys(rows.values, found, padded, rows.keys);
+            score_rows(rows.query, rows.full, padded, rows.keys, rows.scores);
+        }
+        for (int64_t r = 0; r < rows.count; r++) soften(task, rows, r, start + at, found);
+        if (few) {
+            int64_t place[kKeyTile];
+            for (int64_t i = 0; i < found; i++) place[i] = stored_at(segment, task, at + i);
+            mix(rows.scores, rows.full, found, padded, rows.mixed,
+                [&](int64_t key, int64_t k) { return load_stored<TYPE>(values, place[key] + k); });
+        } else {
+            gather<TYPE>(segment, values, task, at, found, padded, rows.values);
+            mix(rows.scores, rows.full, found, padded, rows.mixed,
+                [&](int64_t key, int64_t k) { return load(rows.values + key * padded + k); });
+        }
+    }
 }
 
 static void attend(const AttentionTask& task) {
     const RvModel& model = *task.model;
-    const int64_t group = model.heads / model.kv_heads, dim = model.head_dim, padded = round_up(dim, kHeadStep);
-    const int64_t count = task.end - task.begin, rows = count * group, full = round_up(rows, 4);
-    float *keys = task.scratch, *values = keys + kKeyTile * padded, *query = values + kKeyTile * padded;
-    float *mixed = query + full * padded, *scores = mixed + full * padded, *best = scores + full * kKeyTile;
-    float* weight = best + full;
-    memset(query, 0, (size_t)(2 * full * padded + full * kKeyTile) * 4);
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t g = 0; g < group; g++) {
-            const float* from = task.query + (task.begin + t) * task.stride + (task.kv_head * group + g) * dim;
-            for (int64_t k = 0; k < dim; k++) query[(t * group + g) * padded + k] = from[k] * model.scale;
-        }
-    for (int64_t r = 0; r < full; r++) best[r] = kUnseen, weight[r] = 0;
+    const int64_t dim = model.head_dim, count = task.end - task.begin;
+    Rows rows;
+    rows.group = model.heads / model.kv_heads;
+    rows.padded = round_up(dim, kHeadStep);
+    rows.count = count * rows.group;
+    rows.full = round_up(rows.count, kRowStep);
+    rows.keys = task.scratch;
+    rows.values = rows.keys + kKeyTile * rows.padded;
+    rows.query = rows.values + kKeyTile * rows.padded;
+    rows.mixed = rows.query + rows.full * rows.padded;
+    rows.scores = rows.mixed + rows.full * rows.padded;
+    rows.best = rows.scores + rows.full * kKeyTile;
+    rows.weight = rows.best + rows.full;
+    memset(rows.query, 0, (size_t)(rows.full * (2 * rows.padded + kKeyTile)) * 4);
+    memset(rows.keys, 0, (size_t)(2 * kKeyTile * rows.padded) * 4);
+    for (int64_t r = 0; r < rows.count; r++) {
+        const float* from =
+            task.query + (task.begin + r / rows.group) * task.stride + (task.kv_head * rows.group + r % rows.group) * dim;
+        for (int64_t k = 0; k < dim; k++) rows.query[r * rows.padded + k] = from[k] * model.scale;
+    }
+    for (int64_t r = 0; r < rows.full; r++) rows.best[r] = kUnseen, rows.weight[r] = 0;
 
-    const int64_t* position = task.batch->positions + task.begin;
-    const int64_t last = position[count - 1], first = task.window ? most(0, position[0] - task.window + 1) : 0;
     for (int64_t n = 0; n < task.batch->segments_count; n++) {
         const RvSegment& segment = task.batch->segments[n];
         const int64_t start = segment.starts[task.sequence];
-        const int64_t stop = least(segment.lengths[task.sequence], last + 1 - start);
-        for (int64_t at = most(0, first - start); at < stop; at += kKeyTile) {
-            const int64_t found = least(kKeyTile, stop - at), from = start + at;
-            gather(segment, segment.keys[task.layer], task, at, found, padded, keys);
-            if (rows < 8) {
-                score_few(query, rows, padded, keys, found, scores);
-            } else {
-                for (int64_t key = 0; key < found; key++)  // the room for values holds the turned keys until then
-                    for (int64_t k = 0; k < padded; k++) values[k * kKeyTile + key] = keys[key * padded + k];
-                score_rows(query, full, padded, values, scores);
-            }
-            gather(segment, segment.values[task.layer], task, at, found, padded, values);
-            const int64_t wide = round_up(found, kLanes);
-            for (int64_t r = 0; r < rows; r++) {
-                float* row = scores + r * kKeyTile;
-                const int64_t own = position[r / group], low = task.window ? own - task.window + 1 : 0;
-                if (model.attention_softcap > 0)
-                    for (int64_t i = 0; i < wide; i += kLanes)
-                        store(row + i, vtanh(load(row + i) / model.attention_softcap) * model.attention_softcap);
-                for (int64_t i = most(0, own + 1 - from); i < wide; i++) row[i] = kUnseen;
-                for (int64_t i = found; i < wide; i++) row[i] = kUnseen;
-                for (int64_t i = 0; i < least(low - from, wide); i++) row[i] = kUnseen;
-                V top = load(row);
-                for (int64_t i = kLanes; i < wide; i += kLanes) top = vmax(top, load(row + i));
-                const float highest = largest(top), next = highest > best[r] ? highest : best[r];
-                if (next == kUnseen) {  // this token sees none of these keys
-                    memset(row, 0, (size_t)wide * 4);
-                    continue;
-                }
-                V total{};
-                for (int64_t i = 0; i < wide; i += kLanes) {
-                    const V p = vexp(load(row + i) - next);
-                    store(row + i, p);
-                    total += p;
-                }
-                if (next != best[r]) {
-                    const float fade = vexp(splat(best[r] - next))[0];
-                    weight[r] *= fade;
-                    for (int64_t k = 0; k < padded; k += kLanes)
-                        store(mixed + r * padded + k, load(mixed + r * padded + k) * fade);
-                    best[r] = next;
-                }
-                weight[r] += sum(total);
-            }
-            mix(scores, full, values, found, padded, mixed);
+        const int64_t low = most(0, task.low - start), high = least(segment.lengths[task.sequence], task.high - start);
+        if (segment.type == RV_KV_F16) walk<RV_KV_F16>(task, rows, segment, low, high);
+        else if (segment.type == RV_KV_BF16) walk<RV_KV_BF16>(task, rows, segment, low, high);
+        else walk<RV_KV_F32>(task, rows, segment, low, high);
+    }
+    for (int64_t r = 0; r < rows.count; r++) {
+        const float* mixed = rows.mixed + r * rows.padded;
+        if (task.partial) {
+            float* to = task.partial + r * (dim + 2);
+            memcpy(to, mixed, (size_t)dim * 4);
+            to[dim] = rows.best[r];
+            to[dim + 1] = rows.weight[r];
+        } else {
+            float* to = task.out + ((task.begin + r / rows.group) * model.heads + task.kv_head * rows.group +
+                                    r % rows.group) * dim;
+            const float whole = 1.0f / rows.weight[r];
+            for (int64_t k = 0; k < dim; k++) to[k] = mixed[k] * whole;
         }
     }
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t g = 0; g < group; g++) {
-            const int64_t r = t * group + g;
-            float* to = task.out + ((task.begin + t) * model.heads + task.kv_head * group + g) * dim;
-            for (int64_t k = 0; k < dim; k++) to[k] = mixed[r * padded + k] / weight[r];
-        }
 }
 
 }  // namespace

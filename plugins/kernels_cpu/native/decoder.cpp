@@ -1,24 +1,64 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+
+#include "packed.h"
 
 namespace {
 
 constexpr int64_t kTasksPerThread = 4;  // so that a thread whose core is taken away holds nobody up for long
 constexpr int64_t kSmallTokens = 8;     // fewer are not worth waking threads for
+constexpr int64_t kSplitKeys = 512;     // keys of one task where tokens are few, whatever the number of threads
 
-bool quantized(const RvMatrix& w) { return !is_float(w.scheme); }
+bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
+
+int64_t tiles_of(const RvBatch& batch, int64_t b) {
+    return (batch.cu_q[b + 1] - batch.cu_q[b] + kQueryTile - 1) / kQueryTile;
+}
 
 }  // namespace
 
 RvDecoder::RvDecoder(const RvModel& description, const Kernels& table, int threads)
-    : model_(description), layers_(description.layer, description.layer + description.layers), kernels_(table),
-      pool_(threads) {
-    model_.layer = layers_.data();
+    : model_(description), kernels_(table), pool_(threads) {
+    for (int32_t n = 0; n < model_.layers; n++) {
+        Layer layer{description.layer[n], {}};
+        for (int site = 0; site < RV_SITES; site++) layer.sites[site].source = layer.source.sites[site];
+        layers_.push_back(layer);
+    }
+    head_ = {model_.head, nullptr, 0};
     const int64_t cols = std::max(model_.hidden, std::max(model_.inner, model_.heads * model_.head_dim));
     const int64_t floats = std::max(matmul_scratch(cols) / 4, attention_scratch(model_));
     scratch_.assign((size_t)threads, std::vector<float>((size_t)floats));
+    pack();
+}
+
+void RvDecoder::pack() {
+    std::vector<std::pair<Matrix*, size_t>> found;
+    size_t total = 0;
+    const auto plan = [&](Matrix& w) {
+        if (!quantized(w)) return;
+        with_scheme(w.source.scheme, [&](auto s) {
+            w.panel_bytes = Packed<decltype(s)::scheme>::panel_bytes(w.source.cols);
+        });
+        found.emplace_back(&w, total);
+        total += (size_t)(w.panel_bytes * ((w.source.rows + kPanelRows - 1) / kPanelRows));
+    };
+    for (Layer& layer : layers_)
+        for (Matrix& w : layer.sites) plan(w);
+    plan(head_);
+    packed_ = std::make_unique<Pages>(total);
+    for (const auto& [w, at] : found) {
+        w->panels = packed_->data() + at;
+        const RvMatrix& source = w->source;
+        const int64_t panels = (source.rows + kPanelRows - 1) / kPanelRows;
+        const int64_t tasks = std::min(panels, pool_.threads() * kTasksPerThread);
+        pool_.run(tasks, [&, w = w](int64_t task, int) {
+            kernels_.pack(source, panels * task / tasks, panels * (task + 1) / tasks, const_cast<uint8_t*>(w->panels));
+        });
+        if (source.mapped) release_mapped(source.data, (size_t)(source.rows * source.row_bytes));
+    }
 }
 
 template <class F> void RvDecoder::each_token(int64_t count, F&& body) {
@@ -32,41 +72,49 @@ template <class F> void RvDecoder::each_token(int64_t count, F&& body) {
     });
 }
 
+// before(t) for every token, and then the quantization of its tile.
+template <class F> void RvDecoder::each_tile(const Activations& x, F&& before) {
+    const int64_t tile = kernels_.tile;
+    const auto one = [&](int64_t t) {
+        for (int64_t i = t; i < std::min(t + tile, x.count); i++) before(i);
+        if (x.q) kernels_.quantize(x, t, tile_width(x.count, t, tile));
+    };
+    if (x.count < kSmallTokens) {
+        for (int64_t t = 0; t < x.count; t += tile) one(t);
+        return;
+    }
+    pool_.run((x.count + tile - 1) / tile, [&](int64_t task, int) { one(task * tile); });
+}
+
 Activations RvDecoder::describe(const float* x, int64_t count, int64_t cols, bool quantized) {
     Activations found;
     found.x = x;
     found.count = count;
     found.cols = cols;
     if (quantized) {
-        const int64_t blocks = cols / 32;
-        found.q = (int8_t*)bytes_.room(count * cols / 4 + 16);
-        found.d = scales_.room(count * blocks * 4 + 64);
-        found.s32 = found.d + count * blocks;
-        found.s16 = found.s32 + count * blocks;
+        const int64_t room = count + kMaxTile, cells = cols / 32;
+        found.q = bytes_.room(2 * room * cols);
+        if (model_.activation_bits == 16) found.r = found.q + room * cols;
+        found.d = scales_.room(4 * room * cells);
+        found.s32 = found.d + room * cells;
+        found.s16 = found.s32 + room * cells;
     }
     return found;
 }
 
-void RvDecoder::quantize_token(const Activations& x, int64_t t) {
-    const int64_t blocks = x.cols / 32;
-    if (x.q)
-        kernels_.quantize(x.x + t * x.cols, x.cols, x.q + t * x.cols, x.d + t * blocks, x.s32 + t * blocks,
-                          x.s16 + t * 2 * blocks);
-}
-
 void RvDecoder::products(const Activations& x, const Product* wanted, int count) {
     int64_t total = 0;
-    for (int i = 0; i < count; i++) total += wanted[i].matrix->rows;
+    for (int i = 0; i < count; i++) total += wanted[i].matrix->source.rows;
     const int64_t aim = total / (pool_.threads() * kTasksPerThread) + 1;
     const int64_t step = (aim + kPanelRows - 1) / kPanelRows * kPanelRows;
     int64_t tasks = 0;
-    for (int i = 0; i < count; i++) tasks += (wanted[i].matrix->rows + step - 1) / step;
+    for (int i = 0; i < count; i++) tasks += (wanted[i].matrix->source.rows + step - 1) / step;
     pool_.run(tasks, [&](int64_t task, int worker) {
         int i = 0;
-        for (int64_t own; task >= (own = (wanted[i].matrix->rows + step - 1) / step); i++) task -= own;
+        for (int64_t own; task >= (own = (wanted[i].matrix->source.rows + step - 1) / step); i++) task -= own;
         const Product& product = wanted[i];
-        kernels_.matmul(*product.matrix, x, task * step, std::min((task + 1) * step, product.matrix->rows), product.out,
-                        product.stride, scratch_[(size_t)worker].data());
+        kernels_.matmul(*product.matrix, x, task * step, std::min((task + 1) * step, product.matrix->source.rows),
+                        product.out, product.stride, scratch_[(size_t)worker].data());
     });
 }
 
@@ -75,13 +123,13 @@ void RvDecoder::add_deltas(const RvBatch& batch, int layer, int site, const Acti
     for (int64_t n = 0; n < batch.deltas_count; n++) {
         const RvDelta& delta = batch.deltas[n];
         if (delta.layer != layer || delta.site != site) continue;
-        const int64_t count = delta.end - delta.begin, rows = layers_[(size_t)layer].sites[site].rows;
+        const int64_t count = delta.end - delta.begin, rows = layers_[(size_t)layer].sites[site].source.rows;
         float* low = delta_.room(count * (delta.rank + rows));
         float* high = low + count * delta.rank;
         const auto matrix = [](const float* data, int64_t height, int64_t width) {
-            return RvMatrix{(const uint8_t*)data, nullptr, height, width, width * 4, RV_F32, 0};
+            return Matrix{{(const uint8_t*)data, nullptr, height, width, width * 4, RV_F32, 0}, nullptr, 0};
         };
-        const RvMatrix a = matrix(delta.a, delta.rank, x.cols), b = matrix(delta.b, rows, delta.rank);
+        const Matrix a = matrix(delta.a, delta.rank, x.cols), b = matrix(delta.b, rows, delta.rank);
         const Product down{&a, low, delta.rank}, up{&b, high, rows};
         Activations narrow;
         narrow.x = x.x + delta.begin * x.cols;
@@ -96,29 +144,92 @@ void RvDecoder::add_deltas(const RvBatch& batch, int layer, int site, const Acti
     }
 }
 
-void RvDecoder::attention(const RvBatch& batch, int layer) {
-    const int64_t width = (int64_t)(model_.heads + 2 * model_.kv_heads) * model_.head_dim;
-    const float* query = qkv_.room(batch.tokens_count * width);
-    float* out = mixed_.room(batch.tokens_count * model_.heads * model_.head_dim);
-    // Tiles of every sequence, one after the other, for each key/value head.
-    int64_t tiles = 0;
-    for (int64_t b = 0; b < batch.sequences; b++)
-        tiles += (batch.cu_q[b + 1] - batch.cu_q[b] + kQueryTile - 1) / kQueryTile;
-    pool_.run(tiles * model_.kv_heads, [&](int64_t task, int worker) {
-        int64_t tile = tiles - 1 - task / model_.kv_heads, b = 0;  // the last tile sees most keys: it goes first
-        for (int64_t own; tile >= (own = (batch.cu_q[b + 1] - batch.cu_q[b] + kQueryTile - 1) / kQueryTile); b++)
-            tile -= own;
-        const int64_t begin = batch.cu_q[b] + tile * kQueryTile;
-        const int64_t end = std::min(begin + kQueryTile, (int64_t)batch.cu_q[b + 1]);
-        kernels_.attend({&model_, &batch, layer, (int32_t)b, (int32_t)(task % model_.kv_heads), begin, end,
-                         layers_[(size_t)layer].window, query, width, out, scratch_[(size_t)worker].data()});
+// Rotates queries and keys in place, and stores keys and values.
+void RvDecoder::append(const RvBatch& batch, int layer, float* qkv, int64_t width) {
+    const RvSegment& newest = batch.segments[batch.segments_count - 1];
+    const int64_t dim = model_.head_dim, q = model_.heads * dim, kv = model_.kv_heads * dim;
+    const int64_t bytes = newest.type == RV_KV_F32 ? 4 : 2;
+    each_token(batch.tokens_count, [&](int64_t t) {
+        const int64_t b = std::upper_bound(batch.cu_q, batch.cu_q + batch.sequences + 1, (int32_t)t) - batch.cu_q - 1;
+        const int64_t at = batch.positions[t] * (model_.rope_dim / 2);
+        float* row = qkv + t * width;
+        kernels_.rope(row, model_.heads + model_.kv_heads, model_, batch.cos[b] + at, batch.sin[b] + at);
+        const int64_t size = newest.block_size, block = batch.slots[t] / size, offset = batch.slots[t] % size;
+        for (int64_t k = 0; k < model_.kv_heads; k++) {
+            const int64_t to = ((block * model_.kv_heads + k) * size + offset) * dim * bytes;
+            kernels_.store_kv(row + q + k * dim, dim, newest.type, (uint8_t*)newest.keys[layer] + to);
+            kernels_.store_kv(row + q + kv + k * dim, dim, newest.type, (uint8_t*)newest.values[layer] + to);
+        }
     });
+}
+
+// Tiles of every sequence for each key/value head, those that see most keys first; where tokens are few, their keys are
+// split, for the sake of the threads, into runs that do not depend on how many there are.
+void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out) {
+    const int64_t window = layers_[(size_t)layer].source.window;
+    tasks_.clear();
+    for (int64_t b = batch.sequences; b-- > 0;)
+        for (int64_t tile = tiles_of(batch, b); tile-- > 0;) {
+            const int64_t begin = batch.cu_q[b] + tile * kQueryTile;
+            const int64_t end = std::min(begin + kQueryTile, (int64_t)batch.cu_q[b + 1]);
+            const int64_t high = batch.positions[end - 1] + 1;
+            const int64_t low = window ? std::max((int64_t)0, batch.positions[begin] - window + 1) : 0;
+            const int64_t keys = end - begin < kSmallTokens ? kSplitKeys : high - low;
+            for (int32_t head = 0; head < model_.kv_heads; head++)
+                for (int64_t from = low; from < high; from += keys)
+                    tasks_.push_back({&model_, &batch, layer, (int32_t)b, head, begin, end, from,
+                                      std::min(from + keys, high), window, query, stride, out, nullptr, nullptr});
+        }
+}
+
+void RvDecoder::attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out) {
+    plan_attention(batch, layer, query, stride, out);
+    const int64_t dim = model_.head_dim, group = model_.heads / model_.kv_heads, width = dim + 2;
+    const auto same = [](const AttentionTask& a, const AttentionTask& b) {
+        return a.sequence == b.sequence && a.begin == b.begin && a.kv_head == b.kv_head;
+    };
+    const auto split = [&](size_t i) {
+        return (i > 0 && same(tasks_[i - 1], tasks_[i])) || (i + 1 < tasks_.size() && same(tasks_[i], tasks_[i + 1]));
+    };
+    int64_t rows = 0;
+    for (size_t i = 0; i < tasks_.size(); i++)
+        if (split(i)) rows += (tasks_[i].end - tasks_[i].begin) * group;
+    float* partial = rows ? partial_.room(rows * width) : nullptr;
+    for (size_t i = 0; i < tasks_.size(); i++) {
+        if (!split(i)) continue;
+        tasks_[i].partial = partial;
+        partial += (tasks_[i].end - tasks_[i].begin) * group * width;
+    }
+    pool_.run((int64_t)tasks_.size(), [&](int64_t i, int worker) {
+        AttentionTask task = tasks_[(size_t)i];
+        task.scratch = scratch_[(size_t)worker].data();
+        kernels_.attend(task);
+    });
+    for (size_t first = 0, last; first < tasks_.size(); first = last) {
+        const AttentionTask& task = tasks_[first];
+        for (last = first + 1; last < tasks_.size() && same(task, tasks_[last]); last++) {
+        }
+        if (!task.partial) continue;
+        for (int64_t r = 0; r < (task.end - task.begin) * group; r++) {
+            float* to = out + ((task.begin + r / group) * model_.heads + task.kv_head * group + r % group) * dim;
+            float best = -INFINITY, weight = 0;
+            for (size_t i = first; i < last; i++) best = std::max(best, tasks_[i].partial[r * width + dim]);
+            std::fill(to, to + dim, 0.0f);
+            for (size_t i = first; i < last; i++) {
+                const float* part = tasks_[i].partial + r * width;
+                const float share = std::exp(part[dim] - best);
+                weight += share * part[dim + 1];
+                for (int64_t k = 0; k < dim; k++) to[k] += share * part[k];
+            }
+            for (int64_t k = 0; k < dim; k++) to[k] /= weight;
+        }
+    }
 }
 
 // `pending` is what the next norm adds to the residual: the output of the last product.
 void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
-    const RvLayer& layer = layers_[(size_t)n];
-    const RvMatrix* w = layer.sites;
+    const RvLayer& layer = layers_[(size_t)n].source;
+    const Matrix* w = layers_[(size_t)n].sites;
     const int64_t count = batch.tokens_count, hidden = model_.hidden, inner = model_.inner, dim = model_.head_dim;
     const int64_t q = model_.heads * dim, kv = model_.kv_heads * dim, width = q + 2 * kv;
     float *residual = residual_.room(count * hidden), *x = x_.room(count * hidden);
@@ -127,46 +238,25 @@ void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
 
     Activations in = describe(x, count, hidden, quantized(w[RV_Q]) || quantized(w[RV_K]) || quantized(w[RV_V]));
     const float* add = *pending;
-    each_token(count, [&](int64_t t) {
+    each_tile(in, [&](int64_t t) {
         kernels_.norm(residual + t * hidden, add ? add + t * hidden : nullptr, layer.attn_norm, hidden, model_.eps,
                       x + t * hidden);
-        quantize_token(in, t);
     });
     const Product heads[] = {{&w[RV_Q], qkv, width}, {&w[RV_K], qkv + q, width}, {&w[RV_V], qkv + q + kv, width}};
     products(in, heads, 3);
     for (int site = RV_Q; site <= RV_V; site++) add_deltas(batch, n, site, in, heads[site].out, width);
-
-    const RvSegment& newest = batch.segments[batch.segments_count - 1];
-    each_token(count, [&](int64_t t) {
-        const int64_t b = std::upper_bound(batch.cu_q, batch.cu_q + batch.sequences + 1, (int32_t)t) - batch.cu_q - 1;
-        const int64_t at = batch.positions[t] * (model_.rope_dim / 2);
-        float* row = qkv + t * width;
-        kernels_.rope(row, model_.heads + model_.kv_heads, model_, batch.cos[b] + at, batch.sin[b] + at);
-        const int64_t size = newest.block_size, block = batch.slots[t] / size, offset = batch.slots[t] % size;
-        for (int64_t k = 0; k < model_.kv_heads; k++) {
-            const int64_t to = ((block * model_.kv_heads + k) * size + offset) * dim;
-            const float *key = row + q + k * dim, *value = key + kv;
-            if (newest.half) {
-                kernels_.to_half(key, dim, (uint16_t*)newest.keys[n] + to);
-                kernels_.to_half(value, dim, (uint16_t*)newest.values[n] + to);
-            } else {
-                memcpy((float*)newest.keys[n] + to, key, (size_t)dim * 4);
-                memcpy((float*)newest.values[n] + to, value, (size_t)dim * 4);
-            }
-        }
-    });
-    attention(batch, n);
+    append(batch, n, qkv, width);
+    attention(batch, n, qkv, width, mixed);
 
     in = describe(mixed, count, q, quantized(w[RV_O]));
-    if (in.q) each_token(count, [&](int64_t t) { quantize_token(in, t); });
+    if (in.q) each_tile(in, [](int64_t) {});
     const Product out{&w[RV_O], x, hidden};
     products(in, &out, 1);
     add_deltas(batch, n, RV_O, in, x, hidden);
 
     in = describe(x, count, hidden, quantized(w[RV_GATE]) || quantized(w[RV_UP]));
-    each_token(count, [&](int64_t t) {
+    each_tile(in, [&](int64_t t) {
         kernels_.norm(residual + t * hidden, x + t * hidden, layer.mlp_norm, hidden, model_.eps, x + t * hidden);
-        quantize_token(in, t);
     });
     const Product halves[] = {{&w[RV_GATE], both, 2 * inner}, {&w[RV_UP], both + inner, 2 * inner}};
     products(in, halves, 2);
@@ -174,10 +264,9 @@ void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
     add_deltas(batch, n, RV_UP, in, both + inner, 2 * inner);
 
     in = describe(gated, count, inner, quantized(w[RV_DOWN]));
-    each_token(count, [&](int64_t t) {
+    each_tile(in, [&](int64_t t) {
         const float* gate = both + t * 2 * inner;
         kernels_.gated(gate, gate + inner, inner, model_.activation, gated + t * inner);
-        quantize_token(in, t);
     });
     const Product down{&w[RV_DOWN], x, hidden};
     products(in, &down, 1);
@@ -189,11 +278,11 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
     const int64_t count = batch.tokens_count, width = model_.hidden;
     float* residual = residual_.room(count * width);
     each_token(count, [&](int64_t t) {
-        kernels_.decode_row(model_.embed, batch.tokens[t], residual + t * width, nullptr);
+        kernels_.decode_row(model_.embed, batch.tokens[t], residual + t * width);
     });
     const float* pending = nullptr;
     for (int n = 0; n < model_.layers; n++) layer(batch, n, &pending);
-    // A row may be wanted twice: the sum is formed in the output, the residual stays as it is.
+    // A row may be wanted twice: the sum is formed apart, the residual stays as it is.
     float* total = qkv_.room(width);
     for (int64_t r = 0; r < batch.rows_count; r++) {
         memcpy(total, residual + batch.rows[r] * width, (size_t)width * 4);
@@ -202,16 +291,12 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
 }
 
 void RvDecoder::logits(const float* hidden, int64_t count, float* out) {
-    matmul(model_.head, hidden, count, out);
+    const Activations in = describe(hidden, count, model_.hidden, quantized(head_));
+    if (in.q) each_tile(in, [](int64_t) {});
+    const Product product{&head_, out, model_.vocab};
+    products(in, &product, 1);
     if (model_.logit_softcap > 0)
         each_token(count, [&](int64_t t) {
             kernels_.softcap(out + t * model_.vocab, model_.vocab, model_.logit_softcap);
         });
-}
-
-void RvDecoder::matmul(const RvMatrix& w, const float* x, int64_t count, float* out) {
-    const Activations in = describe(x, count, w.cols, quantized(w));
-    if (in.q) each_token(count, [&](int64_t t) { quantize_token(in, t); });
-    const Product product{&w, out, w.rows};
-    products(in, &product, 1);
 }

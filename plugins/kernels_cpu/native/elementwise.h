@@ -55,8 +55,12 @@ static void rope(float* x, int64_t heads, const RvModel& model, const float* cos
         }
 }
 
-static void to_half(const float* x, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i++) out[i] = float_to_half(x[i]);
+static void store_kv(const float* x, int64_t n, int32_t type, void* out) {
+    if (type == RV_KV_F32) memcpy(out, x, (size_t)n * 4);
+    else if (type == RV_KV_F16)
+        for (int64_t i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_half(x[i]);
+    else
+        for (int64_t i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(x[i]);
 }
 
 static void softcap(float* x, int64_t n, float cap) {

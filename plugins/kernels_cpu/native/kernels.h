@@ -3,58 +3,84 @@
 #include <cstdint>
 #include "abi.h"
 
-// Activations of T tokens, [T, cols], as floats and, for quantized weights, as int8 in blocks of 32:
-// x = d * q, and sums are d * (sum of q), for the minima and offsets of the weights.
+constexpr int64_t kPanelRows = 16;  // rows of a matrix that a kernel takes together
+constexpr int64_t kQueryTile = 64;  // tokens whose queries walk the keys together
+constexpr int64_t kKeyTile = 64;
+constexpr int64_t kHeadStep = 32;   // heads are padded to a multiple of it: two of the widest registers
+constexpr int64_t kMaxTile = 16;    // the widest tile of tokens of any table
+
+// A matrix of the model; of a quantized one also its panels (packed.h), else null.
+struct Matrix {
+    RvMatrix source;
+    const uint8_t* panels;
+    int64_t panel_bytes;
+};
+
+// Activations of T tokens, [T, cols], as floats and, for quantized weights, as 16 bits in two bytes with a scale for each
+// 32 columns: x = d * (256 * q + r). Tokens stand in tiles (see tile_width): the arrays of a tile that begins with token t
+// begin at t * (their size for one token), and within them the tokens are innermost. Without r, activations are 8 bits.
 struct Activations {
     const float* x = nullptr;
     int64_t count = 0, cols = 0;
-    int8_t* q = nullptr;     // [T, cols]
-    float* d = nullptr;      // [T, cols / 32]
-    float* s32 = nullptr;    // [T, cols / 32]
-    float* s16 = nullptr;    // [T, cols / 16]
+    int8_t* q = nullptr;     // tiles of [cols / 4][width][4]
+    int8_t* r = nullptr;     // the same, or null
+    float* d = nullptr;      // tiles of [cols / 32][width]
+    float* s32 = nullptr;    // tiles of [cols / 32][width]: sums of the values
+    float* s16 = nullptr;    // tiles of [cols / 16][width]
 };
 
-// One sequence's queries for one key/value head, tokens [begin, end) of the batch.
+// How many tokens wide the tile is that begins with token t: all but the last are `tile`; the last is the next power of
+// two, at most `tile`, its missing tokens zero.
+inline int64_t tile_width(int64_t count, int64_t t, int64_t tile) {
+    const int64_t left = count - t;
+    int64_t width = 1;
+    while (width < left) width *= 2;
+    return width < tile ? width : tile;
+}
+
+// One sequence's queries for one key/value head, tokens [begin, end) of the batch, and keys at positions [low, high).
 struct AttentionTask {
     const RvModel* model;
     const RvBatch* batch;
     int32_t layer, sequence, kv_head;
-    int64_t begin, end, window;
+    int64_t begin, end, low, high, window;
     const float* query;  // [T, stride], this batch's
     int64_t stride;
     float* out;          // [T, heads * head_dim]
+    // Instead of out, if not null: [tokens * group][head_dim + 2], for each row its sum of values before it is divided,
+    // then the highest score and the sum of the weights.
+    float* partial;
     float* scratch;      // attention_scratch(...) floats
 };
 
 struct Kernels {
     const char* name;
+    int64_t tile;  // tokens that a kernel takes together
     // total (in place) += add (may be null); out = rms norm of total
     void (*norm)(float* total, const float* add, const float* weight, int64_t n, float eps, float* out);
-    void (*quantize)(const float* x, int64_t n, int8_t* q, float* d, float* s32, float* s16);
-    // out[t * stride + r] for rows [begin, end); scratch holds a panel
-    void (*matmul)(const RvMatrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+    // x: the tokens of the tile that begins with token t of `to`, at their places in it
+    void (*quantize)(const Activations& to, int64_t t, int64_t width);
+    // panels [begin, end) of the packed weights, from rows of source blocks
+    void (*pack)(const RvMatrix& w, int64_t begin, int64_t end, uint8_t* panels);
+    // out[t * stride + r] for rows [begin, end), begin a multiple of kPanelRows; scratch: matmul_scratch(cols) bytes
+    void (*matmul)(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
                    void* scratch);
-    void (*decode_row)(const RvMatrix& w, int64_t row, float* out, void* scratch);
+    void (*decode_row)(const RvMatrix& w, int64_t row, float* out);
     void (*rope)(float* x, int64_t heads, const RvModel& model, const float* cos, const float* sin);
-    void (*to_half)(const float* x, int64_t n, uint16_t* out);
+    void (*store_kv)(const float* x, int64_t n, int32_t type, void* out);
     void (*gated)(const float* gate, const float* up, int64_t n, int32_t activation, float* out);
     void (*attend)(const AttentionTask& task);
     void (*softcap)(float* x, int64_t n, float cap);
 };
 
-constexpr int64_t kPanelRows = 16;   // rows of a matrix that are unpacked together
-constexpr int64_t kQueryTile = 32;   // tokens whose queries walk the keys together
-constexpr int64_t kKeyTile = 64;
-constexpr int64_t kHeadStep = 32;   // heads are padded to a multiple of it: two of the widest registers
-
 inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F16 || scheme == RV_BF16; }
 
-// Bytes of scratch for matrices of up to `cols` columns: a float panel is the largest.
-inline int64_t matmul_scratch(int64_t cols) { return cols * kPanelRows * 4 + cols * 12 + 4096; }
+// Bytes of scratch for matrices of up to `cols` columns: a float panel.
+inline int64_t matmul_scratch(int64_t cols) { return cols * kPanelRows * 4 + 4096; }
 
 inline int64_t attention_scratch(const RvModel& m) {
     const int64_t dim = (m.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep;
-    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 4;
+    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 8;
     return 2 * kKeyTile * dim + rows * (2 * dim + kKeyTile + 2) + 64;
 }
 

@@ -2,25 +2,24 @@
 #include <immintrin.h>
 #include "kernels.h"
 #include "lanes.h"
-#include "unpack.h"
 
 namespace {
 
-constexpr int kTile = 12;
+constexpr int64_t kTile = 12;  // sums and totals of twelve tokens fill 24 of 32 registers
 
-template <bool WIDE> static inline __m256i dot32(__m256i sum, __m256i w, __m256i x) {
-    return _mm256_dpbusd_epi32(sum, w, x);
-}
-
-template <bool WIDE> static inline VI dot4(VI sum, VI w, int32_t x) {
-    return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
-}
+template <int BITS> struct Dot {
+    using Sum = VI;
+    static constexpr int run = 8;
+    static constexpr bool centred = false;
+    static inline VI start(VI sum) { return sum; }
+    static inline VI add(VI sum, VI w, int32_t x) {
+        return (VI)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+    }
+    static inline VI flush(VI, VI sum) { return sum; }
+};
 
 }  // namespace
 
-#include "row_dot_x86.h"
-#include "attention.h"
-#include "elementwise.h"
-#include "matmul.h"
+#include "table.h"
 
-extern const Kernels kAvx512 = {"avx512", norm, quantize, matmul, decode_row, rope, to_half, gated, attend, softcap};
+extern const Kernels kAvx512 = RV_TABLE("avx512");

@@ -30,21 +30,61 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static inline float sum(V v) {
-    float x[kLanes];
-    memcpy(x, &v, sizeof x);
-    for (int width = kLanes / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] += x[i + width];
+// The two halves of a and b, woven: a0 b0 a1 b1 ... Doing this log2(kLanes) times to the registers of a square, each i
+// with i + half, turns the square.
+#if defined(__AVX512F__)
+#define RV_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RV_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define RV_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define RV_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RV_LOW 0, 4, 1, 5
+#define RV_HIGH 2, 6, 3, 7
+#endif
+static inline V weave_low(V a, V b) { return __builtin_shuffle(a, b, VI{RV_LOW}); }
+static inline V weave_high(V a, V b) { return __builtin_shuffle(a, b, VI{RV_HIGH}); }
+
+// Turns a square of kLanes registers.
+static inline void turn(V* x) {
+    V y[kLanes];
+#pragma GCC unroll 4
+    for (int width = 1; width < kLanes; width *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; i++) {
+            y[2 * i] = weave_low(x[i], x[i + kLanes / 2]);
+            y[2 * i + 1] = weave_high(x[i], x[i + kLanes / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) x[i] = y[i];
+    }
+}
+
+// Lane i: the sum over x[i]. The additions come between the steps of a turn, so that each step has half the registers.
+static inline V sums(V* x) {
+#pragma GCC unroll 4
+    for (int count = kLanes / 2; count; count /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) x[i] = weave_low(x[i], x[i + count]) + weave_high(x[i], x[i + count]);
     return x[0];
 }
 
-static inline float largest(V v) {
-    float x[kLanes];
+#if defined(__AVX512F__)
+static inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline int32_t sum(VI v) { return _mm512_reduce_add_epi32((__m512i)v); }
+static inline float largest(V v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+template <class R, class T> static inline T fold(R v, T (*join)(T, T)) {
+    T x[kLanes];
     memcpy(x, &v, sizeof x);
     for (int width = kLanes / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+        for (int i = 0; i < width; i++) x[i] = join(x[i], x[i + width]);
     return x[0];
 }
+static inline float sum(V v) { return fold<V, float>(v, [](float a, float b) { return a + b; }); }
+static inline int32_t sum(VI v) { return fold<VI, int32_t>(v, [](int32_t a, int32_t b) { return a + b; }); }
+static inline float largest(V v) { return fold<V, float>(v, [](float a, float b) { return a > b ? a : b; }); }
+#endif
 
 // e^x to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Tiny results become 0.
 static inline V vexp(V x) {
@@ -125,11 +165,57 @@ static inline V load_half(const uint16_t* p) {
 #endif
 }
 
-static inline V load_bf16(const uint16_t* p) {
-    typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
-    H h;
-    memcpy(&h, p, sizeof h);
-    return (V)(__builtin_convertvector(h, VI) << 16);
+// Round to nearest even; what is not a number stays so.
+static inline uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+static inline float bf16_to_float(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+// Widening and narrowing by intrinsics: GCC 12 takes the compiler's own conversions of short lanes apart, one by one.
+static inline VI widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    VI v;
+    for (int i = 0; i < kLanes; i++) v[i] = p[i];
+    return v;
+#endif
+}
+static inline VI widen(const int8_t* p) { return (widen((const uint8_t*)p) ^ 128) - 128; }
+
+static inline VI widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (VI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (VI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+    VI v;
+    for (int i = 0; i < kLanes; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+// The low bytes of every lane.
+static inline void store_bytes(int8_t* p, VI v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < kLanes; i++) p[i] = (int8_t)v[i];
+#endif
+}
+
+static inline V floats(VI v) { return __builtin_convertvector(v, V); }
+static inline V load_bf16(const uint16_t* p) { return (V)(widen(p) << 16); }
 
 }  // namespace

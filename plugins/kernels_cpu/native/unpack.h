@@ -1,8 +1,9 @@
-// Weight blocks to unsigned bytes with a scale and a minimum for each group: value = scale * q - minimum.
+// Blocks of weights as unsigned bytes with a scale and a minimum for each group: value = scale * q - minimum.
 // Layouts: the GGML library's block_q4_0 ... block_q6_K.
 #pragma once
 #include "abi.h"
 #include "lanes.h"
+#include "packed.h"
 
 namespace {
 
@@ -38,77 +39,64 @@ template <int RUN> static inline void nibbles(const uint8_t* p, uint8_t* q) {
     }
 }
 
-template <int32_t S> struct Format;  // block: values a block; bytes: of it; group: values that share a scale
+// Of one block: its values as unsigned bytes, and a scale and a minimum for each group (as in Packed<S>).
+template <int32_t S> struct Format;
 
-#define RV_FORMAT(S, BLOCK, BYTES, GROUP)                                        \
+#define RV_FORMAT(S, BLOCK, BYTES)                                               \
     template <> struct Format<S> {                                               \
-        static constexpr int block = BLOCK, bytes = BYTES, group = GROUP;        \
-        static inline void unpack(const uint8_t* p, uint8_t* q, float* scale, float* minimum); \
-    };                                                                           \
-    inline void Format<S>::unpack(const uint8_t* p, uint8_t* q, float* scale, float* minimum)
+        static constexpr int block = BLOCK, bytes = BYTES;                       \
+        static inline void values(const uint8_t* p, uint8_t* q);                 \
+        static inline void scales(const uint8_t* p, float* scale, float* minimum); \
+    };
+RV_FORMAT(RV_Q4_0, 32, 18)
+RV_FORMAT(RV_Q4_1, 32, 20)
+RV_FORMAT(RV_Q5_0, 32, 22)
+RV_FORMAT(RV_Q5_1, 32, 24)
+RV_FORMAT(RV_Q8_0, 32, 34)
+RV_FORMAT(RV_Q2_K, 256, 84)
+RV_FORMAT(RV_Q3_K, 256, 110)
+RV_FORMAT(RV_Q4_K, 256, 144)
+RV_FORMAT(RV_Q5_K, 256, 176)
+RV_FORMAT(RV_Q6_K, 256, 210)
+#undef RV_FORMAT
 
-RV_FORMAT(RV_Q4_0, 32, 18, 32) {
-    nibbles<16>(p + 2, q);
-    scale[0] = half_at(p);
-    minimum[0] = 8 * scale[0];
+static inline void fifth_bits(uint32_t high, uint8_t* q) {
+    for (int i = 0; i < 32; i++) q[i] = (uint8_t)(q[i] | (high >> i & 1) << 4);
 }
-RV_FORMAT(RV_Q4_1, 32, 20, 32) {
-    nibbles<16>(p + 4, q);
-    scale[0] = half_at(p);
-    minimum[0] = -half_at(p + 2);
-}
-RV_FORMAT(RV_Q5_0, 32, 22, 32) {
+inline void Format<RV_Q4_0>::values(const uint8_t* p, uint8_t* q) { nibbles<16>(p + 2, q); }
+inline void Format<RV_Q4_1>::values(const uint8_t* p, uint8_t* q) { nibbles<16>(p + 4, q); }
+inline void Format<RV_Q5_0>::values(const uint8_t* p, uint8_t* q) {
     const uint32_t high = u32(p + 2);
     nibbles<16>(p + 6, q);
-    for (int i = 0; i < 32; i++) q[i] = (uint8_t)(q[i] | (high >> i & 1) << 4);
-    scale[0] = half_at(p);
-    minimum[0] = 16 * scale[0];
+    fifth_bits(high, q);
 }
-RV_FORMAT(RV_Q5_1, 32, 24, 32) {
+inline void Format<RV_Q5_1>::values(const uint8_t* p, uint8_t* q) {
     const uint32_t high = u32(p + 4);
     nibbles<16>(p + 8, q);
-    for (int i = 0; i < 32; i++) q[i] = (uint8_t)(q[i] | (high >> i & 1) << 4);
-    scale[0] = half_at(p);
-    minimum[0] = -half_at(p + 2);
+    fifth_bits(high, q);
 }
-RV_FORMAT(RV_Q8_0, 32, 34, 32) {
+inline void Format<RV_Q8_0>::values(const uint8_t* p, uint8_t* q) {
     for (int i = 0; i < 32; i++) q[i] = p[2 + i] ^ 0x80;  // q + 128
-    scale[0] = half_at(p);
-    minimum[0] = 128 * scale[0];
 }
-RV_FORMAT(RV_Q2_K, 256, 84, 16) {
+inline void Format<RV_Q2_K>::values(const uint8_t* p, uint8_t* q) {
     for (int h = 0; h < 2; h++)
         for (int plane = 0; plane < 4; plane++)
             for (int i = 0; i < 32; i++) q[128 * h + 32 * plane + i] = p[16 + 32 * h + i] >> 2 * plane & 3;
-    const float d = half_at(p + 80), dmin = half_at(p + 82);
-    for (int i = 0; i < 16; i++) scale[i] = d * (float)(p[i] & 15), minimum[i] = dmin * (float)(p[i] >> 4);
 }
-RV_FORMAT(RV_Q3_K, 256, 110, 16) {
+inline void Format<RV_Q3_K>::values(const uint8_t* p, uint8_t* q) {
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 32; i++)
             q[32 * g + i] = (uint8_t)((p[32 + 32 * (g / 4) + i] >> 2 * (g % 4) & 3) | (p[i] >> g & 1) << 2);
-    int8_t s[16];
-    six_bits_q3(p + 96, s);
-    const float d = half_at(p + 108);
-    for (int i = 0; i < 16; i++) scale[i] = d * (float)s[i], minimum[i] = 4 * scale[i];
 }
-RV_FORMAT(RV_Q4_K, 256, 144, 32) {
+inline void Format<RV_Q4_K>::values(const uint8_t* p, uint8_t* q) {
     for (int j = 0; j < 4; j++) nibbles<32>(p + 16 + 32 * j, q + 64 * j);
-    uint8_t s[8], m[8];
-    six_bits(p + 4, s, m);
-    const float d = half_at(p), dmin = half_at(p + 2);
-    for (int i = 0; i < 8; i++) scale[i] = d * (float)s[i], minimum[i] = dmin * (float)m[i];
 }
-RV_FORMAT(RV_Q5_K, 256, 176, 32) {
+inline void Format<RV_Q5_K>::values(const uint8_t* p, uint8_t* q) {
     for (int j = 0; j < 4; j++) nibbles<32>(p + 48 + 32 * j, q + 64 * j);
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 32; i++) q[32 * g + i] = (uint8_t)(q[32 * g + i] | (p[16 + i] >> g & 1) << 4);
-    uint8_t s[8], m[8];
-    six_bits(p + 4, s, m);
-    const float d = half_at(p), dmin = half_at(p + 2);
-    for (int i = 0; i < 8; i++) scale[i] = d * (float)s[i], minimum[i] = dmin * (float)m[i];
 }
-RV_FORMAT(RV_Q6_K, 256, 210, 16) {
+inline void Format<RV_Q6_K>::values(const uint8_t* p, uint8_t* q) {
     for (int h = 0; h < 2; h++) {
         nibbles<64>(p + 64 * h, q + 128 * h);
         for (int plane = 0; plane < 4; plane++)
@@ -117,27 +105,44 @@ RV_FORMAT(RV_Q6_K, 256, 210, 16) {
                 to = (uint8_t)(to | (p[128 + 32 * h + i] >> 2 * plane & 3) << 4);
             }
     }
+}
+
+// Blocks of 32: one scale first, then a minimum that is added, or none and a fixed offset.
+static inline void plain_scales(const uint8_t* p, bool minima, int offset, float* scale, float* minimum) {
+    scale[0] = half_at(p);
+    minimum[0] = minima ? -half_at(p + 2) : (float)offset * scale[0];
+}
+#define RV_PLAIN(S)                                                                              \
+    inline void Format<S>::scales(const uint8_t* p, float* scale, float* minimum) {              \
+        plain_scales(p, Packed<S>::minima, Packed<S>::offset, scale, minimum);                   \
+    }
+RV_PLAIN(RV_Q4_0)
+RV_PLAIN(RV_Q4_1)
+RV_PLAIN(RV_Q5_0)
+RV_PLAIN(RV_Q5_1)
+RV_PLAIN(RV_Q8_0)
+#undef RV_PLAIN
+inline void Format<RV_Q2_K>::scales(const uint8_t* p, float* scale, float* minimum) {
+    const float d = half_at(p + 80), dmin = half_at(p + 82);
+    for (int i = 0; i < 16; i++) scale[i] = d * (float)(p[i] & 15), minimum[i] = dmin * (float)(p[i] >> 4);
+}
+inline void Format<RV_Q3_K>::scales(const uint8_t* p, float* scale, float* minimum) {
+    int8_t s[16];
+    six_bits_q3(p + 96, s);
+    const float d = half_at(p + 108);
+    for (int i = 0; i < 16; i++) scale[i] = d * (float)s[i], minimum[i] = 4 * scale[i];
+}
+static inline void six_bit_scales(const uint8_t* p, float* scale, float* minimum) {
+    uint8_t s[8], m[8];
+    six_bits(p + 4, s, m);
+    const float d = half_at(p), dmin = half_at(p + 2);
+    for (int i = 0; i < 8; i++) scale[i] = d * (float)s[i], minimum[i] = dmin * (float)m[i];
+}
+inline void Format<RV_Q4_K>::scales(const uint8_t* p, float* s, float* m) { six_bit_scales(p, s, m); }
+inline void Format<RV_Q5_K>::scales(const uint8_t* p, float* s, float* m) { six_bit_scales(p, s, m); }
+inline void Format<RV_Q6_K>::scales(const uint8_t* p, float* scale, float* minimum) {
     const float d = half_at(p + 208);
     for (int i = 0; i < 16; i++) scale[i] = d * (float)(int8_t)p[192 + i], minimum[i] = 32 * scale[i];
-}
-#undef RV_FORMAT
-
-// Calls run(std::integral-like tag) for a quantized scheme; the schemes were checked when the matrix was made.
-template <int32_t S> struct Tag { static constexpr int32_t scheme = S; };
-template <class F> static inline void with_scheme(int32_t scheme, F&& run) {
-    switch (scheme) {
-        case RV_Q4_0: return run(Tag<RV_Q4_0>{});
-        case RV_Q4_1: return run(Tag<RV_Q4_1>{});
-        case RV_Q5_0: return run(Tag<RV_Q5_0>{});
-        case RV_Q5_1: return run(Tag<RV_Q5_1>{});
-        case RV_Q8_0: return run(Tag<RV_Q8_0>{});
-        case RV_Q2_K: return run(Tag<RV_Q2_K>{});
-        case RV_Q3_K: return run(Tag<RV_Q3_K>{});
-        case RV_Q4_K: return run(Tag<RV_Q4_K>{});
-        case RV_Q5_K: return run(Tag<RV_Q5_K>{});
-        case RV_Q6_K: return run(Tag<RV_Q6_K>{});
-        default: return;
-    }
 }
 
 // Sixteen float weights, from column k of a row.
@@ -148,10 +153,7 @@ static inline V load_weights(int32_t scheme, const uint8_t* row, int64_t k) {
 static inline float load_weight(int32_t scheme, const uint8_t* row, int64_t k) {
     if (scheme == RV_F32) { float v; memcpy(&v, row + 4 * k, 4); return v; }
     if (scheme == RV_F16) return half_at(row + 2 * k);
-    const uint32_t bits = (uint32_t)u16(row + 2 * k) << 16;
-    float v;
-    memcpy(&v, &bits, 4);
-    return v;
+    return bf16_to_float(u16(row + 2 * k));
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 1
+VERSION = 2
 #: Matrices of a layer in the order of the C structure; low-rank deltas name them by their index.
 SITES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -19,7 +19,7 @@ class Matrix(Structure):
         ("cols", c_int64),
         ("row_bytes", c_int64),
         ("scheme", c_int32),
-        ("unused", c_int32),
+        ("mapped", c_int32),
     ]
 
 
@@ -35,7 +35,7 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("vocab", "hidden", "inner", "layers", "heads", "kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("rope_dim", "rope_interleaved", "activation")),
+        *((name, c_int32) for name in ("rope_dim", "rope_interleaved", "activation", "activation_bits", "unused")),
         *((name, c_float) for name in ("eps", "scale", "attention_softcap", "logit_softcap")),
         ("embed", Matrix),
         ("head", Matrix),
@@ -46,7 +46,7 @@ class Model(Structure):
 
 class Segment(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("half", "block_size", "table_stride", "unused")),
+        *((name, c_int32) for name in ("type", "block_size", "table_stride", "unused")),
         *((name, c_void_p) for name in ("table", "lengths", "starts", "keys", "values")),
     ]
 
@@ -77,8 +77,9 @@ def declare(library: ctypes.CDLL) -> None:
     """Argument and result types of every function. Raises `AttributeError` for one that is not there."""
     signatures: dict[str, tuple[object, list[object]]] = {
         "rv_abi_version": (c_int32, []),
-        "rv_isa": (c_char_p, [c_char_p]),
-        "rv_open": (c_int32, [POINTER(Model), c_char_p, c_int32, POINTER(c_void_p)]),
+        "rv_kernels": (c_void_p, [c_char_p]),
+        "rv_kernels_name": (c_char_p, [c_void_p]),
+        "rv_open": (c_int32, [POINTER(Model), c_void_p, c_int32, POINTER(c_void_p)]),
         "rv_close": (None, [c_void_p]),
         "rv_forward": (c_int32, [c_void_p, POINTER(BatchArgs), c_void_p]),
         "rv_logits": (c_int32, [c_void_p, c_void_p, c_int64, c_void_p]),

@@ -16,7 +16,8 @@ from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import FloatArray
 from ruvllm_kernels_cpu import abi
 
-_HALF = {"f32": (0, np.dtype(np.float32)), "f16": (1, np.dtype(np.float16))}
+#: How keys and values may be stored: the C library's number for it, and the type of the arrays (bf16 as bare bits).
+KV_TYPES = {"f32": (0, np.dtype(np.float32)), "f16": (1, np.dtype(np.float16)), "bf16": (2, np.dtype(np.uint16))}
 
 
 def convert(
@@ -74,9 +75,11 @@ def convert(
 
 def _segment(segment: Segment, spec: ModelSpec, sequences: int, array: Any, pointers: Any, keep: list[Any]) -> Any:
     storage = segment.storage
-    if storage.scheme not in _HALF:
-        raise ConfigError(f"kernels cpu cannot read keys and values in {storage.scheme}", hint="use f16 or f32")
-    half, dtype = _HALF[storage.scheme]
+    if storage.scheme not in KV_TYPES:
+        raise ConfigError(
+            f"kernels cpu cannot read keys and values in {storage.scheme}", hint=f"use one of {', '.join(KV_TYPES)}"
+        )
+    kind, dtype = KV_TYPES[storage.scheme]
     size, blocks = storage.block_size, storage.num_blocks
     shape = (blocks, spec.num_kv_heads, size, spec.head_dim)
     for stored in (storage.keys, storage.values):
@@ -96,7 +99,7 @@ def _segment(segment: Segment, spec: ModelSpec, sequences: int, array: Any, poin
     if ((table < 0) | (table >= blocks))[used].any():
         raise ValueError(f"block_table names blocks outside of [0, {blocks})")
     return abi.Segment(
-        half=half,
+        type=kind,
         block_size=size,
         table_stride=table.shape[1],
         table=table.ctypes.data,

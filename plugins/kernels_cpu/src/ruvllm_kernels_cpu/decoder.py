@@ -19,32 +19,33 @@ from ruvllm_kernels_cpu import arguments
 from ruvllm_kernels_cpu.library import load
 from ruvllm_kernels_cpu.model import describe
 
-_KV_TYPES: dict[str, Any] = {"f16": np.float16, "f32": np.float32}
-
 
 class CpuDecoder:
     """Executes a model in C++. See `ruvllm_core.protocols.Decoder`.
 
-    Quantized and float matrices are used where they are, usually in a mapped file; only norms, biases and rotary tables
-    are copied. Raises `ModelError` for weights that do not fit the spec and `OutOfMemoryError`.
+    Quantized matrices are packed anew for the processor, and the pages of a mapped file that they came from leave
+    memory; float matrices are used where they are. `table` is a table of kernels (`library.kernels`). Raises
+    `ModelError` for weights that do not fit the spec and `OutOfMemoryError`.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, options: DecoderOptions, isa: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, options: DecoderOptions, table: ctypes.c_void_p, activation_bits: int
+    ) -> None:
         self.spec = spec
-        self.kv_schemes: tuple[str, ...] = ("f32", "f16") if options.dtype == "float32" else ("f16", "f32")
+        first = {"float32": "f32", "bfloat16": "bf16"}.get(options.dtype, "f16")
+        self.kv_schemes: tuple[str, ...] = tuple(sorted(arguments.KV_TYPES, key=lambda scheme: scheme != first))
         self.threads = options.threads or usable_cpus()
-        self.isa = isa
         self._max_context = options.max_context
         self._rope: dict[int, tuple[FloatArray, FloatArray]] = {}
         self._handle = ctypes.c_void_p()
         self._library = load()
-        model, self._owners = describe(spec, weights)
-        self._check(self._library.rv_open(model, isa.encode(), self.threads, ctypes.byref(self._handle)))
+        model, self._owners = describe(spec, weights, activation_bits)
+        self._check(self._library.rv_open(model, table, self.threads, ctypes.byref(self._handle)))
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
-        if scheme not in _KV_TYPES:
+        if scheme not in arguments.KV_TYPES:
             raise ConfigError(f"cache.precision {scheme}: kernels cpu have {', '.join(self.kv_schemes)}")
-        spec, dtype = self.spec, np.dtype(_KV_TYPES[scheme])
+        spec, dtype = self.spec, arguments.KV_TYPES[scheme][1]
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         nbytes = 2 * spec.num_layers * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         require_memory(nbytes, "keys and values", "set a smaller max_context, or cache.precision f16")

@@ -55,13 +55,18 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def pick_isa(wanted: str) -> str:
-    """The instruction set that `wanted` (one of `ISAS`) selects. Raises `ConfigError` if the processor lacks it."""
-    if wanted == "neon":
+def kernels(isa: str) -> ctypes.c_void_p:
+    """The table of kernels that `isa` (one of `ISAS`) selects. Raises `ConfigError` if the processor lacks it."""
+    if isa == "neon":
         raise ConfigError("isa neon: kernels cpu have no NEON code", hint="use kernels neon, of ruvllm-kernels-neon")
-    if wanted not in ISAS:
-        raise ConfigError(f"isa {wanted!r} is none of {', '.join(ISAS)}")
-    found = load().rv_isa(wanted.encode())
+    if isa not in ISAS:
+        raise ConfigError(f"isa {isa!r} is none of {', '.join(ISAS)}")
+    found = load().rv_kernels(isa.encode())
     if found is None:
-        raise ConfigError(f"isa {wanted}: this processor has not got it", hint="use isa auto")
-    return str(found.decode())
+        raise ConfigError(f"isa {isa}: this processor has not got it", hint="use isa auto")
+    return ctypes.c_void_p(found)
+
+
+def name(table: ctypes.c_void_p) -> str:
+    """What a table of kernels calls itself."""
+    return str(load().rv_kernels_name(table).decode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ruvllm_core.protocols import Weights
 from ruvllm_kernels_cpu import abi
 
 
-def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
+def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[abi.Model, list[Any]]:
     """The structure, and the objects whose memory it points to.
 
     Raises `ModelError` for a weight that is missing, has another shape, or that the spec does not know of.
@@ -49,6 +50,7 @@ def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
             cols=found.columns,
             row_bytes=data.shape[1],
             scheme=SCHEMES[found.scheme].ggml_type,
+            mapped=_is_mapped(data),
         )
 
     layers = (abi.Layer * spec.num_layers)()
@@ -71,6 +73,7 @@ def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
         rope_dim=spec.rope_dim,
         rope_interleaved=spec.rope_interleaved,
         activation=abi.ACTIVATIONS.index(spec.activation),
+        activation_bits=activation_bits,
         eps=spec.norm_eps,
         scale=spec.scale,
         attention_softcap=spec.attention_softcap or 0.0,
@@ -81,3 +84,15 @@ def describe(spec: ModelSpec, weights: Weights) -> tuple[abi.Model, list[Any]]:
         layer=ctypes.cast(layers, ctypes.POINTER(abi.Layer)),
     )
     return model, owners
+
+
+def _is_mapped(data: Any) -> bool:
+    """Whether an array lies in a read-only mapping of a file: only then may its pages be dropped and read again."""
+    base = data
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        base = base.base
+    while isinstance(base, memoryview):
+        base = base.obj
+    return isinstance(base, mmap.mmap)
