@@ -15,7 +15,7 @@ def release(array: npt.NDArray[Any]) -> int:
     Does something only for a contiguous view of a read-only file mapping, whose pages are in the file: of anything else
     they would be lost. Returns how many bytes were let go, 0 where nothing could be.
     """
-    mapping = _mapping_under(array)
+    mapping = mapping_under(array)
     if mapping is None or not array.flags.c_contiguous or not hasattr(mmap, "MADV_DONTNEED"):
         return 0
     start = array.ctypes.data - np.frombuffer(mapping, np.uint8, 1).ctypes.data
@@ -31,7 +31,7 @@ def release(array: npt.NDArray[Any]) -> int:
     return last - first
 
 
-def _mapping_under(array: npt.NDArray[Any]) -> mmap.mmap | None:
+def mapping_under(array: npt.NDArray[Any]) -> mmap.mmap | None:
     """The read-only mapping whose memory `array` shows, or None."""
     owner: Any = array
     while isinstance(owner, (np.ndarray, memoryview)):
