@@ -177,7 +177,8 @@ def test_every_plugins_settings_are_described() -> None:
     expected = set()
     for plugin in ours | {"quantizers", "kernels_cpu"}:
         options = registry.options(plugin)
-        expected |= {(plugin, name, str(value)) for name, value in (options.model_dump() if options else {}).items()}
+        defaults = options.model_dump(mode="json") if options else {}
+        expected |= {(plugin, name, as_toml(value).strip('`"')) for name, value in defaults.items()}
     assert set(described) == expected
 
 
