@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from ruvllm_core.errors import FormatError, ModelError, QuantizationError, near
 from ruvllm_core.log import get_logger
+from ruvllm_core.machine import usable_cpus
 from ruvllm_core.model.config_fields import Fields
 from ruvllm_core.model.dequant import count_non_finite
 from ruvllm_core.model.gguf import GGUFFile
@@ -75,8 +77,10 @@ class ModelFile:
 
     def check_finite(self) -> None:
         """Raise `FormatError` if a scale, or a value of a float tensor, is NaN or infinite. Reads all weights once."""
-        for name, tensor in self.weights.items():
-            if bad := count_non_finite(tensor):
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            counts = list(pool.map(count_non_finite, self.weights.values()))
+        for (name, tensor), bad in zip(self.weights.items(), counts, strict=True):
+            if bad:
                 what = f"tensor '{name}' ({tensor.scheme}) has {bad} values or scales NaN or infinite"
                 raise FormatError(f"{self.path}: {what}", hint=DAMAGED)
 
