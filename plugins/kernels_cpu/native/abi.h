@@ -40,8 +40,8 @@ struct RvLayer {
 struct RvModel {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, rope_dim;
     int32_t rope_interleaved, activation;
-    int32_t activation_bits, unused;  // 16 or 8: of the activations that quantized weights are multiplied with
     float eps, scale, attention_softcap, logit_softcap;  // a cap of 0 is none
+    int32_t activation_bits, unused;  // 16 or 8: of what quantized weights are multiplied with
     RvMatrix embed, head;
     const float* final_norm;
     const RvLayer* layer;

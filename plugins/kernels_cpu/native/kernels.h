@@ -16,9 +16,9 @@ struct Matrix {
     int64_t panel_bytes;
 };
 
-// Activations of T tokens, [T, cols], as floats and, for quantized weights, as 16 bits in two bytes with a scale for each
-// 32 columns: x = d * (256 * q + r). Tokens stand in tiles (see tile_width): the arrays of a tile that begins with token t
-// begin at t * (their size for one token), and within them the tokens are innermost. Without r, activations are 8 bits.
+// Activations of T tokens, [T, cols], as floats and, for quantized weights, as one or two bytes with a scale for each 32
+// columns: x = d * (256 * q + r), or without r x = d * 256 * q. Tokens stand in tiles (see tile_width): the arrays of a
+// tile that begins with token t begin at t * (their size for one token), and within them the tokens are innermost.
 struct Activations {
     const float* x = nullptr;
     int64_t count = 0, cols = 0;

@@ -80,14 +80,14 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
     }
 }
 
-// One panel with one tile of NT tokens: out[NT][kPanelRows]. FINE: with the second bytes of the activations.
-template <int32_t S, int NT, bool FINE>
+// One panel with one tile of NT tokens: out[NT][kPanelRows]. TWO: with the second bytes of the activations.
+template <int32_t S, int NT, bool TWO>
 static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
     constexpr int quads = P::group / 4, groups = P::block / P::group;
     for (int part = 0; part < kParts; part++) {
         const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols);
-        const int8_t *q = x.q + t * cols, *r = FINE ? x.r + t * cols : nullptr;
+        const int8_t *q = x.q + t * cols, *r = TWO ? x.r + t * cols : nullptr;
         const float *d = x.d + t * (cols / 32), *sums = P::group == 32 ? x.s32 + t * (cols / 32) : x.s16 + t * (cols / 16);
         V total[NT] = {};
         for (int64_t b = 0; b < cols / P::block; b++, scales += P::scales) {
@@ -95,15 +95,16 @@ static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activati
             for (int g = 0; g < groups; g++) {
                 V scale, minimum;
                 group_scales<S>(scales, g, part, scale, minimum);
-                if (!FINE) scale *= 256.0f;
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
                 VI dots[NT] = {};
                 dot_quads<S, NT, quads>(cell, first, part, q, dots);
-                if constexpr (FINE) {
+                if constexpr (TWO) {
 #pragma GCC unroll 16
                     for (int n = 0; n < NT; n++) dots[n] <<= 8;
                     dot_quads<S, NT, quads>(cell, first, part, r, dots);
                     r += P::group * NT;
+                } else {
+                    scale *= 256.0f;
                 }
                 q += P::group * NT;
 #pragma GCC unroll 16
@@ -153,54 +154,61 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
     });
 }
 
-// Values as 256 * q + r in units of d, for the tile of tokens that begins with t.
+// The largest magnitude of 32 values.
+static inline float top_of(const float* x) {
+    V top{};
+    for (int i = 0; i < 32; i += kLanes) top = vmax(top, vmax(load(x + i), -load(x + i)));
+    return largest(top);
+}
+
+// 32 values as q, and as r if it is not null, with the sums of each half in units of top / (127 * 256).
+static inline void two_bytes(const float* x, float top, int8_t* q, int8_t* r, int32_t* sums) {
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    V half[2] = {};  // sums of integers below 2^19, exact
+    for (int i = 0; i < 32; i += kLanes) {
+        const V scaled = load(x + i) * inverse, shifted = scaled + magic, whole = shifted - magic;
+        V rest{};
+        if (r) {
+            rest = vmin(vmax((scaled - whole) * 256.0f, splat(-127.0f)), splat(127.0f)) + magic;
+            store_bytes(r + i, (VI)rest - 0x4b400000);
+            rest = rest - magic;
+        }
+        store_bytes(q + i, (VI)shifted - 0x4b400000);
+        half[i / 16] += whole * 256.0f + rest;
+    }
+    sums[0] = (int32_t)sum(half[0]);
+    sums[1] = (int32_t)sum(half[1]);
+}
+
+// The tile of tokens that begins with t.
 static void quantize(const Activations& to, int64_t t, int64_t width) {
-    const int64_t cols = to.cols, cells = cols / 32;
+    const int64_t cols = to.cols, cells = cols / 32, count = least(width, to.count - t);
     int8_t *q = to.q + t * cols, *r = to.r ? to.r + t * cols : nullptr;
     float *d = to.d + t * cells, *s32 = to.s32 + t * cells, *s16 = to.s16 + t * 2 * cells;
-    for (int64_t n = 0; n < width; n++) {
-        if (t + n >= to.count) {
-            for (int64_t i = 0; i < cols / 4; i++) {
-                memset(q + 4 * (i * width + n), 0, 4);
-                if (r) memset(r + 4 * (i * width + n), 0, 4);
-            }
-            for (int64_t c = 0; c < cells; c++)
-                d[c * width + n] = s32[c * width + n] = s16[2 * c * width + n] = s16[(2 * c + 1) * width + n] = 0;
-            continue;
-        }
-        const float* x = to.x + (t + n) * cols;
-        for (int64_t c = 0; c < cells; c++, x += 32) {
-            V top{};
-            for (int i = 0; i < 32; i += kLanes) top = vmax(top, vmax(load(x + i), -load(x + i)));
-            const float largest_of = largest(top), unit = largest_of / 127.0f;
-            const float inverse = largest_of > 0 ? 127.0f / largest_of : 0.0f;
-            alignas(64) int8_t coarse[32], rest[32];
-            int32_t sums[2] = {};
-            for (int i = 0; i < 32; i += kLanes) {
-                // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-                const V scaled = load(x + i) * inverse, shifted = scaled + 12582912.0f;
-                const VI whole = (VI)shifted - 0x4b400000;
-                VI part{};
-                if (r) {
-                    V left = (scaled - (shifted - 12582912.0f)) * 256.0f;
-                    left = vmin(vmax(left, splat(-127.0f)), splat(127.0f));
-                    part = (VI)(left + 12582912.0f) - 0x4b400000;
-                    store_bytes(rest + i, part);
-                }
-                store_bytes(coarse + i, whole);
-                sums[i / 16] += sum((whole << 8) + part);
-            }
-            for (int i = 0; i < 8; i++) {
-                memcpy(q + 4 * ((c * 8 + i) * width + n), coarse + 4 * i, 4);
-                if (r) memcpy(r + 4 * ((c * 8 + i) * width + n), rest + 4 * i, 4);
-            }
-            const float step = unit / 256.0f;
-            d[c * width + n] = step;
-            s16[2 * c * width + n] = step * (float)sums[0];
-            s16[(2 * c + 1) * width + n] = step * (float)sums[1];
-            s32[c * width + n] = step * (float)(sums[0] + sums[1]);
-        }
+    if (count < width) {
+        memset(q, 0, (size_t)(width * cols));
+        if (r) memset(r, 0, (size_t)(width * cols));
+        memset(d, 0, (size_t)(width * cells) * 4);
+        memset(s32, 0, (size_t)(width * cells) * 4);
+        memset(s16, 0, (size_t)(width * 2 * cells) * 4);
     }
+    for (int64_t n = 0; n < count; n++)
+        for (int64_t c = 0; c < cells; c++) {
+            const float* x = to.x + (t + n) * cols + 32 * c;
+            const float top = top_of(x), unit = top / (127.0f * 256.0f);
+            alignas(64) int8_t high[32], low[32];
+            int32_t found[2];
+            two_bytes(x, top, high, r ? low : nullptr, found);
+            for (int i = 0; i < 8; i++) {
+                memcpy(q + 4 * ((c * 8 + i) * width + n), high + 4 * i, 4);
+                if (r) memcpy(r + 4 * ((c * 8 + i) * width + n), low + 4 * i, 4);
+            }
+            d[c * width + n] = unit;
+            s16[2 * c * width + n] = unit * (float)found[0];
+            s16[(2 * c + 1) * width + n] = unit * (float)found[1];
+            s32[c * width + n] = unit * (float)(found[0] + found[1]);
+        }
 }
 
 }  // namespace

@@ -35,8 +35,9 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("vocab", "hidden", "inner", "layers", "heads", "kv_heads", "head_dim")),
-        *((name, c_int32) for name in ("rope_dim", "rope_interleaved", "activation", "activation_bits", "unused")),
+        *((name, c_int32) for name in ("rope_dim", "rope_interleaved", "activation")),
         *((name, c_float) for name in ("eps", "scale", "attention_softcap", "logit_softcap")),
+        *((name, c_int32) for name in ("activation_bits", "unused")),
         ("embed", Matrix),
         ("head", Matrix),
         ("final_norm", c_void_p),
