@@ -1,0 +1,140 @@
+// Products of packed weights (packed.h) with tiles of tokens. The including file has defined Bytes, the products of
+// signed bytes of its level of the architecture.
+#pragma once
+#include "cells.h"
+#include "kernels.h"
+#include "quantize.h"
+
+namespace {
+
+constexpr int64_t kTile = 4;
+
+// Weights straight from the packed panel: for a single tile of tokens, which meets each of them once.
+template <int32_t S> struct PackedPanel {
+    using P = Packed<S>;
+    const uint8_t *planes, *scales_of;
+
+    PackedPanel(const uint8_t* panel, int64_t cols) : planes(panel), scales_of(panel + P::planes_bytes(cols)) {}
+    inline void weights(int64_t c, int half, int8x16_t w[16]) const {
+        half_cell<S>(planes + c * P::planes, half, w);
+        Bytes::arrange(w);
+    }
+    inline void scales(int64_t c, int g, int half, float32x4_t scale[2], float32x4_t minimum[2]) const {
+        constexpr int cells = P::block / 32;
+        const uint8_t* block = scales_of + c / cells * P::scales;
+        half_scales<S>(block, (int)(c % cells) * (32 / P::group) + g, half, scale, minimum);
+    }
+};
+
+// The same weights unpacked, once for all tiles: bytes [cells][2 halves][16 registers], floats [groups][16 rows].
+template <int32_t S> struct OpenPanel {
+    using P = Packed<S>;
+    static constexpr int groups = 32 / P::group;
+    int8_t* bytes;
+    float *scale_of, *minimum_of;
+
+    OpenPanel(void* scratch, int64_t cols)
+        : bytes((int8_t*)scratch), scale_of((float*)(bytes + cols * kPanelRows)),
+          minimum_of(scale_of + cols / P::group * kPanelRows) {}
+
+    void fill(const uint8_t* panel, int64_t cols) const {
+        const PackedPanel<S> from(panel, cols);
+        for (int64_t c = 0; c < cols / 32; c++)
+            for (int half = 0; half < 2; half++) {
+                int8x16_t w[16];
+                from.weights(c, half, w);
+                for (int i = 0; i < 16; i++) vst1q_s8(bytes + (c * 2 + half) * 256 + 16 * i, w[i]);
+                for (int g = 0; g < groups; g++) {
+                    float32x4_t scale[2], minimum[2];
+                    from.scales(c, g, half, scale, minimum);
+                    const int64_t at = (c * groups + g) * kPanelRows + half * kHalfRows;
+                    for (int j = 0; j < 2; j++) {
+                        vst1q_f32(scale_of + at + 4 * j, scale[j]);
+                        vst1q_f32(minimum_of + at + 4 * j, minimum[j]);
+                    }
+                }
+            }
+    }
+    inline void weights(int64_t c, int half, int8x16_t w[16]) const {
+        for (int i = 0; i < 16; i++) w[i] = vld1q_s8(bytes + (c * 2 + half) * 256 + 16 * i);
+    }
+    inline void scales(int64_t c, int g, int half, float32x4_t scale[2], float32x4_t minimum[2]) const {
+        const int64_t at = (c * groups + g) * kPanelRows + half * kHalfRows;
+        for (int j = 0; j < 2; j++) {
+            scale[j] = vld1q_f32(scale_of + at + 4 * j);
+            minimum[j] = vld1q_f32(minimum_of + at + 4 * j);
+        }
+    }
+};
+
+// One panel with the tile of NT tokens that begins with t: out[NT][kPanelRows].
+template <int32_t S, int NT, class Panel>
+static void panel_tile(const Panel& panel, const Activations& x, int64_t t, float* out) {
+    using P = Packed<S>;
+    constexpr int bits = P::low + P::high, groups = 32 / P::group, quads = P::group / 4;
+    const int64_t cells = x.cols / 32;
+    const int8_t *q = x.q + t * x.cols, *r = x.r + t * x.cols;
+    const float *d = x.d + t * cells, *sums_of = groups == 1 ? x.s32 + t * cells : x.s16 + t * 2 * cells;
+    const uint8_t* fine = x.fine + t * cells;
+    for (int half = 0; half < 2; half++) {
+        float32x4_t total[2][NT] = {};
+        for (int64_t c = 0; c < cells; c++) {
+            int8x16_t w[16];
+            panel.weights(c, half, w);
+#pragma GCC unroll 2
+            for (int g = 0; g < groups; g++) {
+                const auto weights = [&](int i, int j) { return w[2 * (g * quads + i) + j]; };
+                const int64_t at = c * groups + g;
+                int32x4_t dots[2][NT];
+                if (fine[c])
+                    Bytes::dot<bits, NT, quads, true>(weights, q + at * P::group * NT, r + at * P::group * NT, dots);
+                else Bytes::dot<bits, NT, quads, false>(weights, q + at * P::group * NT, r + at * P::group * NT, dots);
+                float32x4_t scale[2], minimum[2];
+                panel.scales(c, g, half, scale, minimum);
+                for (int j = 0; j < 2; j++)
+                    for (int n = 0; n < NT; n++) {
+                        total[j][n] = vfmaq_f32(total[j][n], vcvtq_f32_s32(dots[j][n]),
+                                                vmulq_n_f32(scale[j], d[c * NT + n]));
+                        if constexpr (S != RV_Q8_0)
+                            total[j][n] = vfmsq_n_f32(total[j][n], minimum[j], sums_of[at * NT + n]);
+                    }
+            }
+        }
+        for (int n = 0; n < NT; n++)
+            for (int j = 0; j < 2; j++) vst1q_f32(out + n * kPanelRows + half * kHalfRows + 4 * j, total[j][n]);
+    }
+}
+
+// Rows [r, r + kPanelRows) of w with one tile; rows and tokens that are not there are left out.
+template <int32_t S, class Panel>
+static void panel_product(const Panel& panel, const RvMatrix& w, const Activations& x, int64_t t, int64_t r, float* out,
+                          int64_t stride) {
+    float found[kTile * kPanelRows];
+    const int64_t width = tile_width(x.count, t, kTile);
+    if (width == 4) panel_tile<S, 4>(panel, x, t, found);
+    else if (width == 2) panel_tile<S, 2>(panel, x, t, found);
+    else panel_tile<S, 1>(panel, x, t, found);
+    const int64_t rows = least(kPanelRows, w.rows - r), tokens = least(width, x.count - t);
+    for (int64_t n = 0; n < tokens; n++)
+        for (int64_t i = 0; i < rows; i++)
+            out[(t + n) * stride + r + i] = found[n * kPanelRows + i] + (w.bias ? w.bias[r + i] : 0.0f);
+}
+
+static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out,
+                             int64_t stride, void* scratch) {
+    with_scheme(w.source.scheme, [&](auto scheme) {
+        constexpr int32_t S = decltype(scheme)::scheme;
+        for (int64_t r = begin; r < end; r += kPanelRows) {
+            const uint8_t* packed = w.panels + r / kPanelRows * w.panel_bytes;
+            if (x.count <= kTile) {
+                panel_product<S>(PackedPanel<S>(packed, x.cols), w.source, x, 0, r, out, stride);
+                continue;
+            }
+            const OpenPanel<S> open(scratch, x.cols);
+            open.fill(packed, x.cols);
+            for (int64_t t = 0; t < x.count; t += kTile) panel_product<S>(open, w.source, x, t, r, out, stride);
+        }
+    });
+}
+
+}  // namespace
