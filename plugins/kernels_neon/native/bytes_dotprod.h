@@ -9,8 +9,8 @@ struct Bytes {
     static inline void arrange(int8x16_t[16]) {}
 
     // See bytes_plain.h.
-    template <int BITS, int NT, int QUADS, bool FINE, class W>
-    static inline void dot(const W& w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+    template <int LARGEST, int NT, int QUADS, bool FINE>
+    static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
         int32x4_t coarse[2][NT] = {}, rest[2][NT] = {};
         constexpr int held = 4 / NT;  // quads of all tokens in a register
         repeat<QUADS / held>([&](auto part) __attribute__((always_inline)) {
@@ -18,8 +18,8 @@ struct Bytes {
             repeat<4>([&](auto lane) __attribute__((always_inline)) {
                 constexpr int i = part * held + lane / NT, n = lane % NT;
                 for (int j = 0; j < 2; j++) {
-                    coarse[j][n] = vdotq_laneq_s32(coarse[j][n], w(i, j), xq, lane);
-                    if (FINE) rest[j][n] = vdotq_laneq_s32(rest[j][n], w(i, j), xr, lane);
+                    coarse[j][n] = vdotq_laneq_s32(coarse[j][n], w[2 * i + j], xq, lane);
+                    if (FINE) rest[j][n] = vdotq_laneq_s32(rest[j][n], w[2 * i + j], xr, lane);
                 }
             });
         });

@@ -20,14 +20,14 @@ struct Bytes {
         }
     }
 
-    // See bytes_plain.h; w(i, j) is the register at place 2 * i + j of the arrangement.
-    template <int BITS, int NT, int QUADS, bool FINE, class W>
-    static inline void dot(const W& w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+    // See bytes_plain.h; w as arranged above.
+    template <int LARGEST, int NT, int QUADS, bool FINE>
+    static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
         if constexpr (NT == 1) {
             int32x4_t both[4] = {};  // of each row: with q, with r
             for (int o = 0; o < QUADS / 2; o++) {
                 const int8x16_t x = vcombine_s8(vld1_s8(q + 8 * o), FINE ? vld1_s8(r + 8 * o) : vdup_n_s8(0));
-                for (int p = 0; p < 4; p++) both[p] = vmmlaq_s32(both[p], w(2 * o + p / 2, p % 2), x);
+                for (int p = 0; p < 4; p++) both[p] = vmmlaq_s32(both[p], w[4 * o + p], x);
             }
             for (int j = 0; j < 2; j++)
                 sums[j][0] = vaddq_s32(vshlq_n_s32(vuzp1q_s32(both[2 * j], both[2 * j + 1]), 8),
@@ -40,8 +40,8 @@ struct Bytes {
                     const int at = 16 * (o * pairs + t);
                     const int8x16_t xq = vld1q_s8(q + at), xr = vld1q_s8(r + at);
                     for (int p = 0; p < 4; p++) {
-                        coarse[p][t] = vmmlaq_s32(coarse[p][t], w(2 * o + p / 2, p % 2), xq);
-                        if (FINE) rest[p][t] = vmmlaq_s32(rest[p][t], w(2 * o + p / 2, p % 2), xr);
+                        coarse[p][t] = vmmlaq_s32(coarse[p][t], w[4 * o + p], xq);
+                        if (FINE) rest[p][t] = vmmlaq_s32(rest[p][t], w[4 * o + p], xr);
                     }
                 }
             for (int t = 0; t < pairs; t++)

@@ -8,22 +8,22 @@ struct Bytes {
     static constexpr int run = 4;  // columns of a token that stand together
     static inline void arrange(int8x16_t[16]) {}
 
-    // sums[j][n] = 256 * (weights, q) + (weights, r) of four rows with token n, over QUADS quads. w(i, j): quad i of
-    // the rows of register j. |weight| < 2^BITS, or 2^7 if BITS is 8; |q| and |r| are at most 127.
-    template <int BITS, int NT, int QUADS, bool FINE, class W>
-    static inline void dot(const W& w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
-        constexpr int wanted = BITS == 8 ? 2 : BITS > 4 ? 4 : 8, chain = wanted < QUADS ? wanted : QUADS;
-        static_assert(chain * 127 * (BITS == 8 ? 128 : (1 << BITS) - 1) < 32768);
+    // sums[j][n] = 256 * (weights, q) + (weights, r) of four rows with token n, over QUADS quads. w[2 * i + j]: quad i
+    // of the rows of register j. Weights are at most LARGEST, q and r at most 127.
+    template <int LARGEST, int NT, int QUADS, bool FINE>
+    static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+        constexpr int chain = LARGEST > 32 ? 2 : QUADS;
+        static_assert(chain * 127 * LARGEST < 32768);
         for (int n = 0; n < NT; n++)
             for (int j = 0; j < 2; j++) {
-                sums[j][n] = vshlq_n_s32(one<NT, QUADS, chain>(w, j, q + 4 * n), 8);
-                if (FINE) sums[j][n] = vaddq_s32(sums[j][n], one<NT, QUADS, chain>(w, j, r + 4 * n));
+                sums[j][n] = vshlq_n_s32(one<NT, QUADS, chain>(w + j, q + 4 * n), 8);
+                if (FINE) sums[j][n] = vaddq_s32(sums[j][n], one<NT, QUADS, chain>(w + j, r + 4 * n));
             }
     }
 
   private:
-    template <int NT, int QUADS, int CHAIN, class W>
-    static inline int32x4_t one(const W& w, int j, const int8_t* x) {
+    template <int NT, int QUADS, int CHAIN>
+    static inline int32x4_t one(const int8x16_t* w, const int8_t* x) {
         int32x4_t first = vdupq_n_s32(0), second = first;  // rows 0 and 1, rows 2 and 3: two halves of each sum
         for (int from = 0; from < QUADS; from += CHAIN) {
             int16x8_t a = vdupq_n_s16(0), b = a;
@@ -31,8 +31,8 @@ struct Bytes {
                 int32_t four;
                 memcpy(&four, x + 4 * NT * i, 4);
                 const int8x8_t token = vreinterpret_s8_s32(vdup_n_s32(four));
-                a = vmlal_s8(a, vget_low_s8(w(i, j)), token);
-                b = vmlal_s8(b, vget_high_s8(w(i, j)), token);
+                a = vmlal_s8(a, vget_low_s8(w[2 * i]), token);
+                b = vmlal_s8(b, vget_high_s8(w[2 * i]), token);
             }
             first = vpadalq_s16(first, a);
             second = vpadalq_s16(second, b);

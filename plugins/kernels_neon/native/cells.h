@@ -7,14 +7,15 @@ namespace {
 
 constexpr int kHalfRows = kPanelRows / 2;
 
-// Quads i = 0 ... 7 of a cell as signed bytes, [quad][2 registers][4 rows][4 columns]; q8_0 without its 128.
+// Quads i = 0 ... 7 of a cell as signed bytes, [quad][2 registers][4 rows][4 columns]. A fixed offset is taken off here:
+// the products then need no minimum, and nothing cancels.
 template <int32_t S> static inline void half_cell(const uint8_t* cell, int half, int8x16_t w[16]) {
     using P = Packed<S>;
     for (int j = 0; j < 2; j++) {
         const uint8_t* p = cell + 32 * half + 16 * j;
         uint8x16_t quads[8];
         if constexpr (P::low == 8)
-            for (int i = 0; i < 8; i++) quads[i] = vld1q_u8(p + 64 * i) ^ 0x80;
+            for (int i = 0; i < 8; i++) quads[i] = vld1q_u8(p + 64 * i);
         if constexpr (P::low == 4)
             for (int i = 0; i < 4; i++) {
                 const uint8x16_t both = vld1q_u8(p + 64 * i);
@@ -28,17 +29,18 @@ template <int32_t S> static inline void half_cell(const uint8_t* cell, int half,
         if constexpr (P::high == 1) {
             const uint8x16_t bits = vld1q_u8(p + 64 * low);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) quads[i] |= (i < low ? bits << (low - i) : bits >> (i - low)) & (1 << low);
+            for (int i = 0; i < 8; i++)
+                quads[i] |= (i < low ? bits << (low - i) : bits >> (i - low)) & (uint8_t)(1 << low);
         }
         if constexpr (P::high == 2)
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
                 const uint8x16_t bits = vld1q_u8(p + 64 * (low + i / 4));
                 const int at = 2 * (i % 4);
-                quads[i] |= (at < low ? bits << (low - at) : bits >> (at - low)) & (3 << low);
+                quads[i] |= (at < low ? bits << (low - at) : bits >> (at - low)) & (uint8_t)(3 << low);
             }
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) w[2 * i + j] = vreinterpretq_s8_u8(quads[i]);
+        for (int i = 0; i < 8; i++) w[2 * i + j] = vreinterpretq_s8_u8(quads[i] - (uint8_t)P::offset);
     }
 }
 
@@ -51,7 +53,8 @@ static inline void floats_of(int16x8_t x, float32x4_t out[2]) {
     out[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(x)));
 }
 
-// What group g of the block whose scales begin at p has: value = scale * q - minimum, q as above.
+// Of group g of the block whose scales begin at p: value = scale * q - minimum, with q as above. Without minima the
+// minimum is not set.
 template <int32_t S>
 static inline void half_scales(const uint8_t* p, int g, int half, float32x4_t scale[2], float32x4_t minimum[2]) {
     using P = Packed<S>;
@@ -72,10 +75,8 @@ static inline void half_scales(const uint8_t* p, int g, int half, float32x4_t sc
     for (int j = 0; j < 2; j++) {
         scale[j] = halves(d + 8 * j);
         if constexpr (P::super) scale[j] *= times[j];
-        if constexpr (P::super && P::minima) minimum[j] = halves(m + 8 * j) * less[j];
-        else if constexpr (P::minima) minimum[j] = -halves(m + 8 * j);
-        else if constexpr (S != RV_Q8_0) minimum[j] = scale[j] * (float)P::offset;
-        else minimum[j] = vdupq_n_f32(0.0f);
+        if constexpr (P::minima && P::super) minimum[j] = halves(m + 8 * j) * less[j];
+        if constexpr (P::minima && !P::super) minimum[j] = -halves(m + 8 * j);
     }
 }
 

@@ -15,9 +15,10 @@ template <int32_t S> struct PackedPanel {
     const uint8_t *planes, *scales_of;
 
     PackedPanel(const uint8_t* panel, int64_t cols) : planes(panel), scales_of(panel + P::planes_bytes(cols)) {}
-    inline void weights(int64_t c, int half, int8x16_t w[16]) const {
-        half_cell<S>(planes + c * P::planes, half, w);
-        Bytes::arrange(w);
+    inline const int8x16_t* weights(int64_t c, int half, int8x16_t room[16]) const {
+        half_cell<S>(planes + c * P::planes, half, room);
+        Bytes::arrange(room);
+        return room;
     }
     inline void scales(int64_t c, int g, int half, float32x4_t scale[2], float32x4_t minimum[2]) const {
         constexpr int cells = P::block / 32;
@@ -30,39 +31,35 @@ template <int32_t S> struct PackedPanel {
 template <int32_t S> struct OpenPanel {
     using P = Packed<S>;
     static constexpr int groups = 32 / P::group;
-    int8_t* bytes;
+    int8x16_t* bytes;
     float *scale_of, *minimum_of;
 
     OpenPanel(void* scratch, int64_t cols)
-        : bytes((int8_t*)scratch), scale_of((float*)(bytes + cols * kPanelRows)),
+        : bytes((int8x16_t*)scratch), scale_of((float*)(bytes + cols)),
           minimum_of(scale_of + cols / P::group * kPanelRows) {}
 
     void fill(const uint8_t* panel, int64_t cols) const {
         const PackedPanel<S> from(panel, cols);
         for (int64_t c = 0; c < cols / 32; c++)
             for (int half = 0; half < 2; half++) {
-                int8x16_t w[16];
-                from.weights(c, half, w);
-                for (int i = 0; i < 16; i++) vst1q_s8(bytes + (c * 2 + half) * 256 + 16 * i, w[i]);
+                from.weights(c, half, bytes + (c * 2 + half) * 16);
                 for (int g = 0; g < groups; g++) {
                     float32x4_t scale[2], minimum[2];
                     from.scales(c, g, half, scale, minimum);
                     const int64_t at = (c * groups + g) * kPanelRows + half * kHalfRows;
                     for (int j = 0; j < 2; j++) {
                         vst1q_f32(scale_of + at + 4 * j, scale[j]);
-                        vst1q_f32(minimum_of + at + 4 * j, minimum[j]);
+                        if (P::minima) vst1q_f32(minimum_of + at + 4 * j, minimum[j]);
                     }
                 }
             }
     }
-    inline void weights(int64_t c, int half, int8x16_t w[16]) const {
-        for (int i = 0; i < 16; i++) w[i] = vld1q_s8(bytes + (c * 2 + half) * 256 + 16 * i);
-    }
+    inline const int8x16_t* weights(int64_t c, int half, int8x16_t*) const { return bytes + (c * 2 + half) * 16; }
     inline void scales(int64_t c, int g, int half, float32x4_t scale[2], float32x4_t minimum[2]) const {
         const int64_t at = (c * groups + g) * kPanelRows + half * kHalfRows;
         for (int j = 0; j < 2; j++) {
             scale[j] = vld1q_f32(scale_of + at + 4 * j);
-            minimum[j] = vld1q_f32(minimum_of + at + 4 * j);
+            if (P::minima) minimum[j] = vld1q_f32(minimum_of + at + 4 * j);
         }
     }
 };
@@ -71,7 +68,8 @@ template <int32_t S> struct OpenPanel {
 template <int32_t S, int NT, class Panel>
 static void panel_tile(const Panel& panel, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
-    constexpr int bits = P::low + P::high, groups = 32 / P::group, quads = P::group / 4;
+    constexpr int largest = P::offset ? P::offset : (1 << (P::low + P::high)) - 1;  // of the weights' magnitudes
+    constexpr int groups = 32 / P::group, quads = P::group / 4;
     const int64_t cells = x.cols / 32;
     const int8_t *q = x.q + t * x.cols, *r = x.r + t * x.cols;
     const float *d = x.d + t * cells, *sums_of = groups == 1 ? x.s32 + t * cells : x.s16 + t * 2 * cells;
@@ -79,23 +77,21 @@ static void panel_tile(const Panel& panel, const Activations& x, int64_t t, floa
     for (int half = 0; half < 2; half++) {
         float32x4_t total[2][NT] = {};
         for (int64_t c = 0; c < cells; c++) {
-            int8x16_t w[16];
-            panel.weights(c, half, w);
+            int8x16_t room[16];
+            const int8x16_t* w = panel.weights(c, half, room);
 #pragma GCC unroll 2
             for (int g = 0; g < groups; g++) {
-                const auto weights = [&](int i, int j) { return w[2 * (g * quads + i) + j]; };
-                const int64_t at = c * groups + g;
+                const int64_t at = c * groups + g, from = at * P::group * NT;
                 int32x4_t dots[2][NT];
-                if (fine[c])
-                    Bytes::dot<bits, NT, quads, true>(weights, q + at * P::group * NT, r + at * P::group * NT, dots);
-                else Bytes::dot<bits, NT, quads, false>(weights, q + at * P::group * NT, r + at * P::group * NT, dots);
+                if (fine[c]) Bytes::dot<largest, NT, quads, true>(w + 2 * quads * g, q + from, r + from, dots);
+                else Bytes::dot<largest, NT, quads, false>(w + 2 * quads * g, q + from, r + from, dots);
                 float32x4_t scale[2], minimum[2];
                 panel.scales(c, g, half, scale, minimum);
                 for (int j = 0; j < 2; j++)
                     for (int n = 0; n < NT; n++) {
                         total[j][n] = vfmaq_f32(total[j][n], vcvtq_f32_s32(dots[j][n]),
                                                 vmulq_n_f32(scale[j], d[c * NT + n]));
-                        if constexpr (S != RV_Q8_0)
+                        if constexpr (P::minima)
                             total[j][n] = vfmsq_n_f32(total[j][n], minimum[j], sums_of[at * NT + n]);
                     }
             }

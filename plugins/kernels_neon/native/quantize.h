@@ -11,11 +11,15 @@ struct Cell {
     int32_t sums[2];  // of 256 * q + r, for each 16 columns
 };
 
+constexpr float kNothing = 1e-36f;  // smaller values have no reciprocal; they count as zero
+
 static inline Cell quantized(const float* x) {
     Cell cell;
     float32x4_t v[8], top = vdupq_n_f32(0.0f);
     for (int i = 0; i < 8; i++) top = vmaxq_f32(top, vabsq_f32(v[i] = vld1q_f32(x + 4 * i)));
-    const float largest = vmaxvq_f32(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const float largest = vmaxvq_f32(top);
+    if (!(largest > kNothing)) return Cell{};
+    const float inverse = 127.0f / largest;
     cell.d = largest / 127.0f / 256.0f;
     int16x4_t coarse[8], rest[8];
     for (int g = 0; g < 2; g++) {
