@@ -9,7 +9,7 @@ struct Bytes {
     static inline void arrange(int8x16_t[16]) {}
 
     // See bytes_plain.h.
-    template <int LARGEST, int NT, int QUADS, bool FINE>
+    template <bool, int NT, int QUADS, bool FINE>
     static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
         int32x4_t coarse[2][NT] = {}, rest[2][NT] = {};
         constexpr int held = 4 / NT;  // quads of all tokens in a register

@@ -9,11 +9,11 @@ struct Bytes {
     static inline void arrange(int8x16_t[16]) {}
 
     // sums[j][n] = 256 * (weights, q) + (weights, r) of four rows with token n, over QUADS quads. w[2 * i + j]: quad i
-    // of the rows of register j. Weights are at most LARGEST, q and r at most 127.
-    template <int LARGEST, int NT, int QUADS, bool FINE>
-    static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
-        constexpr int chain = LARGEST > 32 ? 2 : QUADS;
-        static_assert(chain * 127 * LARGEST < 32768);
+    // of the rows of register j. |weight| <= 32, or <= 128 if WIDE; |q|, |r| <= 127.
+    template <bool WIDE, int NT, int QUADS, bool FINE>
+    __attribute__((noinline)) static void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+        constexpr int chain = WIDE ? 2 : QUADS;
+        static_assert(chain * 127 * (WIDE ? 128 : 32) < 32768);
         for (int n = 0; n < NT; n++)
             for (int j = 0; j < 2; j++) {
                 sums[j][n] = vshlq_n_s32(one<NT, QUADS, chain>(w + j, q + 4 * n), 8);

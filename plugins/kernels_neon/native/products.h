@@ -38,8 +38,7 @@ template <int32_t S> struct OpenPanel {
         : bytes((int8x16_t*)scratch), scale_of((float*)(bytes + cols)),
           minimum_of(scale_of + cols / P::group * kPanelRows) {}
 
-    void fill(const uint8_t* panel, int64_t cols) const {
-        const PackedPanel<S> from(panel, cols);
+    void fill(const PackedPanel<S>& from, int64_t cols) const {
         for (int64_t c = 0; c < cols / 32; c++)
             for (int half = 0; half < 2; half++) {
                 from.weights(c, half, bytes + (c * 2 + half) * 16);
@@ -64,16 +63,14 @@ template <int32_t S> struct OpenPanel {
     }
 };
 
-// One panel with the tile of NT tokens that begins with t: out[NT][kPanelRows].
-template <int32_t S, int NT, class Panel>
+// One panel with the tile of NT tokens that begins with t: out[NT][kPanelRows]. FINE: with r, else with q alone.
+template <int32_t S, int NT, bool FINE, class Panel>
 static void panel_tile(const Panel& panel, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
-    constexpr int largest = P::offset ? P::offset : (1 << (P::low + P::high)) - 1;  // of the weights' magnitudes
     constexpr int groups = 32 / P::group, quads = P::group / 4;
     const int64_t cells = x.cols / 32;
-    const int8_t *q = x.q + t * x.cols, *r = x.r + t * x.cols;
+    const int8_t *q = x.q + t * x.cols, *r = FINE ? x.r + t * x.cols : q;
     const float *d = x.d + t * cells, *sums_of = groups == 1 ? x.s32 + t * cells : x.s16 + t * 2 * cells;
-    const uint8_t* fine = x.fine + t * cells;
     for (int half = 0; half < 2; half++) {
         float32x4_t total[2][NT] = {};
         for (int64_t c = 0; c < cells; c++) {
@@ -83,8 +80,7 @@ static void panel_tile(const Panel& panel, const Activations& x, int64_t t, floa
             for (int g = 0; g < groups; g++) {
                 const int64_t at = c * groups + g, from = at * P::group * NT;
                 int32x4_t dots[2][NT];
-                if (fine[c]) Bytes::dot<largest, NT, quads, true>(w + 2 * quads * g, q + from, r + from, dots);
-                else Bytes::dot<largest, NT, quads, false>(w + 2 * quads * g, q + from, r + from, dots);
+                Bytes::dot<P::low == 8, NT, quads, FINE>(w + 2 * quads * g, q + from, r + from, dots);
                 float32x4_t scale[2], minimum[2];
                 panel.scales(c, g, half, scale, minimum);
                 for (int j = 0; j < 2; j++)
@@ -102,34 +98,41 @@ static void panel_tile(const Panel& panel, const Activations& x, int64_t t, floa
 }
 
 // Rows [r, r + kPanelRows) of w with one tile; rows and tokens that are not there are left out.
-template <int32_t S, class Panel>
+template <int32_t S, bool FINE, class Panel>
 static void panel_product(const Panel& panel, const RvMatrix& w, const Activations& x, int64_t t, int64_t r, float* out,
                           int64_t stride) {
     float found[kTile * kPanelRows];
     const int64_t width = tile_width(x.count, t, kTile);
-    if (width == 4) panel_tile<S, 4>(panel, x, t, found);
-    else if (width == 2) panel_tile<S, 2>(panel, x, t, found);
-    else panel_tile<S, 1>(panel, x, t, found);
+    if (width == 4) panel_tile<S, 4, FINE>(panel, x, t, found);
+    else if (width == 2) panel_tile<S, 2, FINE>(panel, x, t, found);
+    else panel_tile<S, 1, FINE>(panel, x, t, found);
     const int64_t rows = least(kPanelRows, w.rows - r), tokens = least(width, x.count - t);
     for (int64_t n = 0; n < tokens; n++)
         for (int64_t i = 0; i < rows; i++)
             out[(t + n) * stride + r + i] = found[n * kPanelRows + i] + (w.bias ? w.bias[r + i] : 0.0f);
 }
 
+template <int32_t S, bool FINE>
+static void packed_rows(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+                        void* scratch) {
+    for (int64_t r = begin; r < end; r += kPanelRows) {
+        const PackedPanel<S> packed(w.panels + r / kPanelRows * w.panel_bytes, x.cols);
+        if (x.count <= kTile) {
+            panel_product<S, FINE>(packed, w.source, x, 0, r, out, stride);
+            continue;
+        }
+        const OpenPanel<S> open(scratch, x.cols);
+        open.fill(packed, x.cols);
+        for (int64_t t = 0; t < x.count; t += kTile) panel_product<S, FINE>(open, w.source, x, t, r, out, stride);
+    }
+}
+
 static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out,
                              int64_t stride, void* scratch) {
     with_scheme(w.source.scheme, [&](auto scheme) {
         constexpr int32_t S = decltype(scheme)::scheme;
-        for (int64_t r = begin; r < end; r += kPanelRows) {
-            const uint8_t* packed = w.panels + r / kPanelRows * w.panel_bytes;
-            if (x.count <= kTile) {
-                panel_product<S>(PackedPanel<S>(packed, x.cols), w.source, x, 0, r, out, stride);
-                continue;
-            }
-            const OpenPanel<S> open(scratch, x.cols);
-            open.fill(packed, x.cols);
-            for (int64_t t = 0; t < x.count; t += kTile) panel_product<S>(open, w.source, x, t, r, out, stride);
-        }
+        if (x.r) packed_rows<S, true>(w, x, begin, end, out, stride, scratch);
+        else packed_rows<S, false>(w, x, begin, end, out, stride, scratch);
     });
 }
 

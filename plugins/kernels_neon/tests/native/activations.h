@@ -1,4 +1,4 @@
-// Activations with the memory that they need, and the values that their bytes stand for.
+// Activations with the memory that they need, and the values that their bytes stand for: 16 or 8 bits, or floats for 32.
 #pragma once
 #include "check.h"
 
@@ -7,29 +7,26 @@ struct Quantized {
     std::vector<float> x;
     std::vector<int8_t> q, r;
     std::vector<float> d, s32, s16;
-    std::vector<uint8_t> fine;
     int64_t tile;
     int run;
 
-    Quantized(const Tables& tables, std::vector<float> values, int64_t count, int64_t cols, bool bytes = true)
+    Quantized(const Tables& tables, std::vector<float> values, int64_t count, int64_t cols, int bits = 16)
         : x(std::move(values)), tile(tables.table->tile), run(tables.run) {
         view.x = x.data();
         view.count = count;
         view.cols = cols;
-        if (!bytes) return;
+        if (bits == 32) return;
         const size_t room = (size_t)((count + tile) * cols);
         q.assign(room, 99);  // what nobody writes must not matter
         r.assign(room, 99);
         d.assign(room / 32, NAN);
         s32.assign(room / 32, NAN);
         s16.assign(room / 16, NAN);
-        fine.assign(room / 32, 99);
         view.q = q.data();
-        view.r = r.data();
+        view.r = bits == 16 ? r.data() : nullptr;
         view.d = d.data();
         view.s32 = s32.data();
         view.s16 = s16.data();
-        view.fine = fine.data();
         for (int64_t t = 0; t < count; t += tile) tables.table->quantize(view, t, tile_width(count, t, tile));
     }
 
@@ -42,12 +39,10 @@ struct Quantized {
         const int64_t first = t / tile * tile, width = tile_width(view.count, first, tile);
         return (size_t)(first * (view.cols / size) + k / size * width + t - first);
     }
-    size_t fine_at(int64_t t, int64_t k) const { return (size_t)(t / tile * tile * (view.cols / 32) + k / 32); }
     double value(int64_t t, int64_t k) const {
         if (q.empty()) return x[(size_t)(t * view.cols + k)];
         const size_t at = byte_at(t, k);
-        const int rest = fine[fine_at(t, k)] ? r[at] : 0;
-        return (double)d[cell_at(t, k)] * (256 * q[at] + rest);
+        return (double)d[cell_at(t, k)] * (256 * q[at] + (view.r ? r[at] : 0));
     }
 };
 
