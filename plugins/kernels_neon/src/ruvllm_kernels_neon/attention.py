@@ -89,15 +89,15 @@ def flash_attention_neon(
     Runs on one thread. Raises `ConfigError` for arrays that do not fit together, and `PluginError` where there is no
     ARM64 processor.
     """
-    arrays = [np.asarray(one) for one in (query, key, value)]
-    if {one.ndim for one in arrays} == {2}:
-        return flash_attention_neon(*(one[None] for one in arrays), scale, causal)[0]
-    for name, one in zip(("query", "key", "value"), arrays, strict=True):
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    if query.ndim == key.ndim == value.ndim == 2:
+        return np.asarray(flash_attention_neon(query[None], key[None], value[None], scale, causal)[0])
+    for name, one in (("query", query), ("key", key), ("value", value)):
         if one.ndim != 3:
             raise ConfigError(f"{name} has shape {one.shape}", hint="all three are [T, D], or all are [H, T, D]")
-    heads, dim = arrays[0].shape[0], arrays[0].shape[2]
+    heads, dim = query.shape[0], query.shape[2]
     config = AttentionConfig(heads, heads, dim, causal=bool(causal), scale=float(scale))
-    return grouped_query_attention_neon(*arrays, config)
+    return grouped_query_attention_neon(query, key, value, config)
 
 
 def grouped_query_attention_neon(
