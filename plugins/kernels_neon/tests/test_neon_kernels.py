@@ -16,7 +16,7 @@ from ruvllm_kernels_neon import attention
 #: Emulated processors, and the best level each has.
 PROCESSORS = {"cortex-a53": "neon", "cortex-a76": "neon-dotprod", "max": "neon-i8mm"}
 LEVELS = ["neon", "neon-dotprod", "neon-i8mm"]
-SCHEMES = "f32 f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k".split()
+SCHEMES = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 
 
 @pytest.mark.parametrize("cpu", PROCESSORS)
