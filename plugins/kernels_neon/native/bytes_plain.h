@@ -11,12 +11,14 @@ struct Bytes {
     // sums[j][n] = 256 * (weights, q) + (weights, r) of four rows with token n, over QUADS quads. w[2 * i + j]: quad i
     // of the rows of register j. |weight| <= 32, or <= 128 if WIDE; |q|, |r| <= 127.
     template <bool WIDE, int NT, int QUADS, bool FINE>
-    __attribute__((noinline)) static void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+    __attribute__((noinline)) static void dot(const int8x16_t* w, const int8_t* q, const int8_t* r,
+                                              int32x4_t sums[2][NT]) {
         constexpr int chain = WIDE ? 2 : QUADS;
         static_assert(chain * 127 * (WIDE ? 128 : 32) < 32768);
         for (int n = 0; n < NT; n++)
             for (int j = 0; j < 2; j++) {
-                sums[j][n] = vshlq_n_s32(one<NT, QUADS, chain>(w + j, q + 4 * n), 8);
+                const int32x4_t coarse = one<NT, QUADS, chain>(w + j, q + 4 * n);
+                sums[j][n] = vshlq_n_s32(coarse, 8);
                 if (FINE) sums[j][n] = vaddq_s32(sums[j][n], one<NT, QUADS, chain>(w + j, r + 4 * n));
             }
     }

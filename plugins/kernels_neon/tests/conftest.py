@@ -44,7 +44,7 @@ def compiler() -> tuple[list[str], bool] | None:
 def _object(source: Path, folder: Path) -> Path:
     command, zig = compiler() or ([], False)
     features = LEVELS.get(source.stem)
-    level = ["-mcpu=generic+v8a+" + features.replace("+", "+") if zig else f"-march=armv8.2-a+{features}"]
+    level = [f"-mcpu=generic+{features}" if zig else f"-march=armv8.2-a+{features}"]
     out = folder / f"{source.stem}.o"
     where = [f"-I{folder}" for folder in (CPU, NEON, CHECKS)]
     ran = subprocess.run(
