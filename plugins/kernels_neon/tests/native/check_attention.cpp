@@ -15,7 +15,7 @@ const Case kCases[] = {
     {4, 4, 16, 1, 1, 0, 0, {RV_KV_F16, RV_KV_F32}},      {4, 4, 64, 1, 100, 0, 0, {RV_KV_F16, RV_KV_F16}},
     {7, 1, 24, 5, 70, 0, 0, {RV_KV_F32, RV_KV_BF16}},    {6, 2, 80, 33, 33, 0, 5, {RV_KV_F16, RV_KV_F32}},
     {4, 1, 128, 64, 130, 17, 0, {RV_KV_BF16, RV_KV_F16}}, {3, 3, 33, 9, 200, 5, 2, {RV_KV_F32, RV_KV_F32}},
-    {8, 2, 32, 2, 129, 64, 0, {RV_KV_F16, RV_KV_F16}},
+    {8, 2, 32, 2, 129, 64, 0, {RV_KV_F16, RV_KV_F16}},   {2, 1, 16, 64, 130, 1, 0, {RV_KV_F32, RV_KV_F16}},
 };
 
 // One sequence of several: its keys up to `older` stand in the first segment, the others in the second.
