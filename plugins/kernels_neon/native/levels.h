@@ -1,0 +1,17 @@
+// Levels of the architecture: what a processor may have beyond armv8-a, and what differs with it.
+#pragma once
+#include "kernels.h"
+
+enum : int32_t { kPlainLevel, kDotprodLevel, kI8mmLevel, kLevels };
+
+// The two belong together: they share a layout of the bytes.
+struct Level {
+    void (*quantize)(const Activations& to, int64_t t, int64_t width);
+    void (*matmul)(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+                   void* scratch);
+};
+
+extern const Level kPlain, kDotprod, kI8mm;
+
+// The highest level that this processor has; each includes those below it.
+int32_t best_level();

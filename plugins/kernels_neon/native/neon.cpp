@@ -1,0 +1,91 @@
+// The table of micro-kernels for ARM64, and what Python calls.
+#include "neon.h"
+
+#include <new>
+#include <vector>
+
+#include "attention.h"
+#include "float_products.h"
+#include "gated.h"
+#include "levels.h"
+#include "norm.h"
+#include "rope.h"
+
+namespace {
+
+constexpr const char* kNames[kLevels] = {"neon", "neon-dotprod", "neon-i8mm"};
+const Level* const kLevelOf[kLevels] = {&kPlain, &kDotprod, &kI8mm};
+
+template <const Level& LEVEL>
+void matmul(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
+            void* scratch) {
+    if (is_float(w.source.scheme)) float_matmul(w.source, x, begin, end, out, stride);
+    else LEVEL.matmul(w, x, begin, end, out, stride, scratch);
+}
+decltype(&matmul<kPlain>) const kMatmul[kLevels] = {matmul<kPlain>, matmul<kDotprod>, matmul<kI8mm>};
+
+Kernels tables[kLevels];
+
+}  // namespace
+
+int32_t rvneon_abi_version() { return RV_ABI_VERSION; }
+
+int32_t rvneon_level() { return best_level(); }
+
+const Kernels* rvneon_kernels(const Kernels* base, int32_t level) {
+    if (level < 0) level = best_level();
+    if (level > best_level()) return nullptr;
+    Kernels& table = tables[level];
+    table = *base;
+    table.name = kNames[level];
+    table.tile = 4;
+    table.norm = norm;
+    table.quantize = kLevelOf[level]->quantize;
+    table.matmul = kMatmul[level];
+    table.rope = rope;
+    table.gated = gated;
+    table.attend = attend;
+    return &table;
+}
+
+int32_t rvneon_attention(const RvNeonAttention* call) try {
+    RvModel model{};
+    model.heads = call->heads;
+    model.kv_heads = call->kv_heads;
+    model.head_dim = call->head_dim;
+    model.scale = call->scale;
+    model.attention_softcap = call->softcap;
+
+    // One segment that is one block. A token that sees every key is one at the last position.
+    std::vector<int64_t> positions((size_t)call->tokens, call->keys - 1);
+    for (int64_t t = 0; call->causal && t < call->tokens; t++)
+        positions[(size_t)t] = call->keys - call->tokens + t;
+    const int32_t block = 0, length = (int32_t)call->keys, start = 0;
+    void *key = const_cast<float*>(call->key), *value = const_cast<float*>(call->value);
+    const RvSegment segment{RV_KV_F32, length, 1, 0, &block, &length, &start, &key, &value};
+    RvBatch batch{};
+    batch.positions = positions.data();
+    batch.segments_count = 1;
+    batch.segments = &segment;
+
+    std::vector<float> scratch((size_t)attention_scratch(model));
+    AttentionTask task{};
+    task.model = &model;
+    task.batch = &batch;
+    task.window = call->window;
+    task.query = call->query;
+    task.stride = (int64_t)call->heads * call->head_dim;
+    task.out = call->out;
+    task.scratch = scratch.data();
+    for (task.kv_head = 0; task.kv_head < call->kv_heads; task.kv_head++)
+        for (task.begin = 0; task.begin < call->tokens; task.begin = task.end) {
+            task.end = least(task.begin + kQueryTile, call->tokens);
+            const int64_t first = positions[(size_t)task.begin];
+            task.low = call->window ? most(0, first - call->window + 1) : 0;
+            task.high = positions[(size_t)task.end - 1] + 1;
+            attend(task);
+        }
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}

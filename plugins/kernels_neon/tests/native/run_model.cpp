@@ -1,0 +1,116 @@
+// run_model IMAGE LEVEL THREADS LOGITS: a whole model, greedily, with the kernels of a level (-1: the best, -2: the
+// portable table). Prints the table's name and the tokens, and writes the logits of every step.
+//
+// The image is memory: pointers are offsets into it, 0 is null. It begins with a Header.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+#include "neon.h"
+
+extern "C" {
+int32_t rv_open(const RvModel* model, const Kernels* kernels, int32_t threads, RvDecoder** out);
+int32_t rv_forward(RvDecoder* decoder, const RvBatch* batch, float* hidden);
+int32_t rv_logits(RvDecoder* decoder, const float* hidden, int64_t count, float* out);
+void rv_close(RvDecoder* decoder);
+const Kernels* rv_kernels(const char* wanted);
+}
+
+namespace {
+
+struct Header {
+    int64_t prompt_count, steps, context;
+    const RvModel* model;
+    const int64_t* prompt;
+    const float *cos, *sin;  // [context, rope_dim / 2]
+};
+
+std::vector<char> image;
+
+template <class T> void place(const T*& pointer) {
+    if (pointer) pointer = reinterpret_cast<const T*>(image.data() + reinterpret_cast<uintptr_t>(pointer));
+}
+
+void place(RvMatrix& matrix) {
+    place(matrix.data);
+    place(matrix.bias);
+}
+
+Header load(const char* path) {
+    FILE* file = std::fopen(path, "rb");
+    if (!file || std::fseek(file, 0, SEEK_END)) std::exit(2);
+    image.resize((size_t)std::ftell(file));
+    std::rewind(file);
+    if (std::fread(image.data(), 1, image.size(), file) != image.size()) std::exit(2);
+    std::fclose(file);
+    Header header = *reinterpret_cast<Header*>(image.data());
+    place(header.model), place(header.prompt), place(header.cos), place(header.sin);
+    RvModel& model = const_cast<RvModel&>(*header.model);
+    place(model.embed), place(model.head), place(model.final_norm), place(model.layer);
+    for (int32_t n = 0; n < model.layers; n++) {
+        RvLayer& layer = const_cast<RvLayer&>(model.layer[n]);
+        place(layer.attn_norm), place(layer.mlp_norm);
+        for (RvMatrix& matrix : layer.sites) place(matrix);
+    }
+    return header;
+}
+
+// Keys and values in blocks whose order is turned round.
+struct Cache {
+    static constexpr int32_t kBlock = 8;
+    std::vector<int32_t> table;
+    std::vector<std::vector<float>> memory;
+    std::vector<void*> keys, values;
+
+    Cache(const RvModel& model, int64_t context) {
+        const int64_t blocks = context / kBlock + 1;
+        for (int64_t i = blocks; i-- > 0;) table.push_back((int32_t)i);
+        memory.resize((size_t)(2 * model.layers));
+        for (size_t i = 0; i < memory.size(); i++) {
+            memory[i].resize((size_t)(blocks * model.kv_heads * kBlock * model.head_dim));
+            (i % 2 ? values : keys).push_back(memory[i].data());
+        }
+    }
+    int64_t slot(int64_t position) const { return table[(size_t)(position / kBlock)] * kBlock + position % kBlock; }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 5) return 2;
+    const Header header = load(arguments[1]);
+    const RvModel& model = *header.model;
+    const int level = std::atoi(arguments[2]);
+    const Kernels* portable = rv_kernels("generic");
+    const Kernels* kernels = level == -2 ? portable : rvneon_kernels(portable, level);
+    if (!kernels) return 3;
+    RvDecoder* decoder = nullptr;
+    if (rv_open(&model, kernels, std::atoi(arguments[3]), &decoder)) return 4;
+    FILE* file = std::fopen(arguments[4], "wb");
+    if (!file) return 2;
+
+    Cache cache(model, header.context);
+    std::vector<int64_t> tokens(header.prompt, header.prompt + header.prompt_count);
+    std::vector<float> hidden((size_t)model.hidden), logits((size_t)model.vocab);
+    std::printf("%s", kernels->name);
+    for (int64_t done = 0, step = 0; step < header.steps; step++) {
+        const int64_t fed = (int64_t)tokens.size() - done, row = fed - 1;
+        std::vector<int64_t> positions, slots;
+        for (int64_t i = done; i < done + fed; i++) positions.push_back(i), slots.push_back(cache.slot(i));
+        const int32_t cu_q[2] = {0, (int32_t)fed}, length = (int32_t)tokens.size(), start = 0;
+        const RvSegment segment{RV_KV_F32, Cache::kBlock, (int32_t)cache.table.size(), 0, cache.table.data(), &length,
+                                &start, cache.keys.data(), cache.values.data()};
+        const RvBatch batch{fed, 1, 1, 1, 0, tokens.data() + done, positions.data(), cu_q, &row, slots.data(),
+                            &header.cos, &header.sin, &segment, nullptr};
+        if (rv_forward(decoder, &batch, hidden.data()) || rv_logits(decoder, hidden.data(), 1, logits.data())) return 4;
+        if (std::fwrite(logits.data(), 4, logits.size(), file) != logits.size()) return 2;
+        done += fed;
+        int64_t best = 0;
+        for (int64_t i = 0; i < model.vocab; i++)
+            if (logits[(size_t)i] > logits[(size_t)best]) best = i;
+        tokens.push_back(best);
+        std::printf(" %d", (int)best);
+    }
+    std::printf("\n");
+    rv_close(decoder);
+    return std::fclose(file);
+}
