@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ruvllm_quantizers.packing import Bytes, pack_scale_min, pack_six_bit_scales
 
 from ruvllm_core.model.quant import SCHEMES
+from ruvllm_quantizers.packing import Bytes, pack_scale_min, pack_six_bit_scales
 
 _Rng = np.random.Generator
 _Floats = npt.NDArray[np.float32]
@@ -121,7 +122,7 @@ def _signs(rng: _Rng, shape: int | tuple[int, ...]) -> npt.NDArray[np.int8]:
     return np.where(rng.integers(0, 2, shape, dtype=np.bool_), np.int8(1), np.int8(-1))
 
 
-def _put_half(blocks: Bytes, offset: int, values: _Floats) -> None:
+def _put_half(blocks: Bytes, offset: int, values: npt.NDArray[np.floating[Any]]) -> None:
     blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8).reshape(-1, 2)
 
 

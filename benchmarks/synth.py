@@ -23,23 +23,23 @@ from typing import Any
 
 import numpy as np
 from random_blocks import random_blocks
+
 from ruvllm_candle_like.llama import LLAMA
 from ruvllm_candle_like.phi3 import PHI3
 from ruvllm_candle_like.qwen2 import QWEN2
-from ruvllm_quantizers.convert import plan
-from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
-from ruvllm_quantizers.recipes import RECIPES
-from ruvllm_quantizers.source import Source, SourceTensor
-
 from ruvllm_core.errors import ModelError, RuvLLMError, near
 from ruvllm_core.model.codec import BYTE_OF_CHAR
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 from ruvllm_core.model.sentencepiece import TokenType
 from ruvllm_core.model.spec import ModelSpec
+from ruvllm_quantizers.convert import plan
+from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
+from ruvllm_quantizers.recipes import RECIPES
+from ruvllm_quantizers.source import Source, SourceTensor
 
 STD = 0.02
 _PIECE_VALUES = 1 << 22
-_FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "phi3": PHI3}
+_FAMILIES: dict[str, Any] = {"llama": LLAMA, "qwen2": QWEN2, "phi3": PHI3}
 _PRE_TOKENIZERS = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "gpt-2"}
 
 
