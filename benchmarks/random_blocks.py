@@ -50,7 +50,7 @@ def _symmetric(levels: int) -> Callable[[Bytes, _Floats, _Rng], None]:
     """One f16 scale in front, of either sign: the integers reach one further below zero than above."""
 
     def fill(blocks: Bytes, scales: _Floats, rng: _Rng) -> None:
-        _put_half(blocks, 0, scales * _signs(rng, len(blocks)) / _std(levels))
+        _put_half(blocks, 0, scales * _signs(rng, len(blocks)) / _rms(levels))
 
     return fill
 
@@ -76,8 +76,8 @@ def _packed_scale_min(levels: int) -> Callable[[Bytes, _Floats, _Rng], None]:
     """q4_k and q5_k: eight 6-bit scales and minima, equal, so that each group's values have mean 0."""
 
     def fill(blocks: Bytes, scales: _Floats, rng: _Rng) -> None:
-        inner, mean_square = _inner(rng, (len(blocks), 8), 63)
-        steps = scales / (_std(levels) * mean_square)
+        inner, size = _inner(rng, (len(blocks), 8), 63)
+        steps = scales / (_std(levels) * size)
         _put_half(blocks, 0, steps)
         _put_half(blocks, 2, steps * (levels - 1) / 2)
         blocks[:, 4:16] = pack_scale_min(inner, inner)
@@ -86,24 +86,24 @@ def _packed_scale_min(levels: int) -> Callable[[Bytes, _Floats, _Rng], None]:
 
 
 def _q2_k(blocks: Bytes, scales: _Floats, rng: _Rng) -> None:
-    inner, mean_square = _inner(rng, (len(blocks), 16), 15)
+    inner, size = _inner(rng, (len(blocks), 16), 15)
     blocks[:, :16] = inner | (inner << np.uint8(4))
-    steps = scales / (_std(4) * mean_square)
+    steps = scales / (_std(4) * size)
     _put_half(blocks, 80, steps)
     _put_half(blocks, 82, steps * 1.5)
 
 
 def _q3_k(blocks: Bytes, scales: _Floats, rng: _Rng) -> None:
-    inner, mean_square = _inner(rng, (len(blocks), 16), 31)
+    inner, size = _inner(rng, (len(blocks), 16), 31)
     signed = inner.view(np.int8) * _signs(rng, inner.shape)
     blocks[:, 96:108] = pack_six_bit_scales((signed + np.int8(32)).view(np.uint8))
-    _put_half(blocks, 108, scales / (_std(8) * mean_square))
+    _put_half(blocks, 108, scales / (_rms(8) * size))
 
 
 def _q6_k(blocks: Bytes, scales: _Floats, rng: _Rng) -> None:
-    inner, mean_square = _inner(rng, (len(blocks), 16), 127)
+    inner, size = _inner(rng, (len(blocks), 16), 127)
     blocks[:, 192:208] = (inner.view(np.int8) * _signs(rng, inner.shape)).view(np.uint8)
-    _put_half(blocks, 208, scales / (_std(64) * mean_square))
+    _put_half(blocks, 208, scales / (_rms(64) * size))
 
 
 def _inner(rng: _Rng, shape: tuple[int, int], top: int) -> tuple[Bytes, float]:
@@ -116,6 +116,11 @@ def _inner(rng: _Rng, shape: tuple[int, int], top: int) -> tuple[Bytes, float]:
 def _std(levels: int) -> float:
     """Standard deviation of integers uniform over `levels` values."""
     return sqrt((levels**2 - 1) / 12)
+
+
+def _rms(levels: int) -> float:
+    """Root mean square of integers uniform over `levels` values, of which one more is below zero than above."""
+    return sqrt((levels**2 - 1) / 12 + (0.25 if levels % 2 == 0 else 0.0))
 
 
 def _signs(rng: _Rng, shape: int | tuple[int, ...]) -> npt.NDArray[np.int8]:
