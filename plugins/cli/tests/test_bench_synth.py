@@ -56,7 +56,7 @@ def test_values_are_finite_and_of_the_promised_size(scheme: str, tmp_path: Path)
         assert np.isfinite(values).all(), tensor.name
         if len(tensor.shape) == 2:
             assert values.std() == pytest.approx(0.02, rel=0.05), tensor.name
-            assert abs(values.mean()) < 3e-4, tensor.name
+            assert abs(values.mean()) < 6e-4, tensor.name
         else:
             assert values.mean() == pytest.approx(1.0, abs=0.01), tensor.name
     assert seen[scheme] >= 15
@@ -138,7 +138,10 @@ def test_the_command_writes_what_was_asked_for(
     synth.main(["mistral-7b", "q6_k", str(path), "--layers", "3", "--seed", "4"])
     report = json.loads(capsys.readouterr().out)
     assert report == {
-        **{"file": str(path), "shape": "mistral-7b", "scheme": "q6_k", "file_bytes": path.stat().st_size},
+        "file": str(path),
+        "shape": "mistral-7b",
+        "scheme": "q6_k",
+        "file_bytes": path.stat().st_size,
         "schemes": {"f32": 7, "q6_k": 23},
     }
     assert open_gguf(path).metadata["llama.block_count"] == 3
