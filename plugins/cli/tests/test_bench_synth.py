@@ -59,7 +59,7 @@ def test_values_are_finite_and_of_the_promised_size(scheme: str, tmp_path: Path)
             assert abs(values.mean()) < 6e-4, tensor.name
         else:
             assert values.mean() == pytest.approx(1.0, abs=0.01), tensor.name
-    assert seen[scheme] >= 15
+    assert seen[scheme] >= 9  # some recipes raise the others above it
     assert len(np.unique(values)) > 100
 
 
@@ -103,13 +103,35 @@ def test_we_compute_what_transformers_computes_from_it(shape: str, scheme: str, 
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "llama-3-8b", "mistral-7b", "phi-3-mini"])
+def test_llama_cpp_computes_the_same_from_it(shape: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from llama_cpp_peer import LlamaCpp
+
+    from ruvllm_core.testing import tiny
+
+    path = small(shape, "f32", tmp_path / "model.gguf")
+    settings = Settings(model=str(path), kernels=["torch"], dtype="float32", max_context=16)
+    parts = load_parts(settings, Registry.discover(settings))
+    tokens = np.random.default_rng(1).integers(0, 700, 12).tolist()
+    peer = LlamaCpp(path, 16, 1, flash_attention=False)
+    theirs = peer.decode(tokens, every=True)
+    np.testing.assert_allclose(tiny.whole(parts.decoder, tokens, 16), theirs, atol=2e-3)
+    peer.truncate(11)
+    np.testing.assert_allclose(peer.decode(tokens[11:]), theirs[-1], atol=2e-3)
+    other = LlamaCpp(path, 16, 1, flash_attention=True, weights_of=peer)
+    np.testing.assert_allclose(other.decode(tokens), theirs[-1], atol=2e-3)
+    other.close()
+    peer.close()
+
+
 def test_the_vocabulary_is_as_large_as_the_model_says(tmp_path: Path) -> None:
     import gguf
 
-    path = small("qwen2.5-1.5b", "q8_0", tmp_path / "model.gguf", vocab_size=70_000)
+    path = small("qwen2.5-1.5b", "q8_0", tmp_path / "model.gguf", vocab_size=66_000)
     fields = gguf.GGUFReader(path).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    assert len(tokens) == len(set(tokens)) == 70_000
+    assert len(tokens) == len(set(tokens)) == 66_000
     merged = [merge.replace(" ", "") for merge in fields["tokenizer.ggml.merges"].contents()]
     assert merged == tokens[256:-4]
     assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
