@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels.h"
 #include "lanes.h"
+#include "packed.h"
 
 namespace {
 
@@ -10,8 +11,8 @@ constexpr float kUnseen = -1e30f;
 constexpr int kRowStep = kLanes == 16 ? 6 : 4;  // rows whose sums a loop keeps in registers
 constexpr int kWide = kLanes == 16 ? 4 : 2;     // registers of keys beside them
 
-// Rows that are few are scored key by key; more are worth turning the keys.
-constexpr int64_t kFewRows = 12;
+// Up to so many rows are scored key by key, from where keys are stored; more are worth turning the keys.
+constexpr int64_t kFewRows = 8;
 
 template <int32_t TYPE> static inline V load_stored(const void* p, int64_t at) {
     if constexpr (TYPE == RV_KV_F16) return load_half((const uint16_t*)p + at);
@@ -78,57 +79,74 @@ static void score_rows(const float* query, int64_t rows, int64_t padded, const f
         }
 }
 
-// The same for few rows, from keys as they are stored; head_dim is a multiple of a register.
-template <int32_t TYPE>
-static void score_few(const RvSegment& segment, const void* stored, const AttentionTask& task, int64_t from,
-                      int64_t count, const float* query, int64_t rows, int64_t padded, float* scores) {
-    const int64_t dim = task.model->head_dim;
-    for (int64_t r = 0; r < rows; r += kRowStep)
-        for (int64_t key = 0; key < count; key += kLanes) {
-            V products[kRowStep][kLanes];
-            const int64_t found = least(kLanes, count - key);
-            for (int64_t i = 0; i < found; i++) {
-                const int64_t at = stored_at(segment, task, from + key + i);
-                V s[kRowStep] = {};
-                for (int64_t k = 0; k < dim; k += kLanes) {
-                    const V one = load_stored<TYPE>(stored, at + k);
-#pragma GCC unroll 6
-                    for (int n = 0; n < kRowStep; n++) s[n] += one * load(query + (r + n) * padded + k);
-                }
-#pragma GCC unroll 6
-                for (int n = 0; n < kRowStep; n++) products[n][i] = s[n];
+// The same for R rows, from keys as they are stored; head_dim is a multiple of a register.
+template <int32_t TYPE, int R>
+static void score_few(const void* stored, const int64_t* places, int64_t count, int64_t dim, const float* query,
+                      int64_t padded, float* scores) {
+    for (int64_t key = 0; key < count; key += kLanes) {
+        V products[R][kLanes];
+        const int64_t found = least(kLanes, count - key);
+        for (int64_t i = 0; i < found; i++) {
+            V s[R] = {};
+            for (int64_t k = 0; k < dim; k += kLanes) {
+                const V one = load_stored<TYPE>(stored, places[key + i] + k);
+#pragma GCC unroll 8
+                for (int n = 0; n < R; n++) s[n] += one * load(query + n * padded + k);
             }
-            for (int n = 0; n < kRowStep; n++) {
-                for (int64_t i = found; i < kLanes; i++) products[n][i] = V{};
-                store(scores + (r + n) * kKeyTile + key, sums(products[n]));
-            }
+#pragma GCC unroll 8
+            for (int n = 0; n < R; n++) products[n][i] = s[n];
         }
+        for (int n = 0; n < R; n++) {
+            for (int64_t i = found; i < kLanes; i++) products[n][i] = V{};
+            store(scores + n * kKeyTile + key, sums(products[n]));
+        }
+    }
 }
 
-// mixed[row] += scores[row] @ values; value(key, k) loads a register.
-template <class F>
-static inline void mix(const float* scores, int64_t rows, int64_t count, int64_t padded, float* mixed, F&& value) {
-    for (int64_t r = 0; r < rows; r += kRowStep)
-        for (int64_t k = 0; k < padded; k += 2 * kLanes) {
-            V total[kRowStep][2];
-#pragma GCC unroll 6
-            for (int i = 0; i < kRowStep; i++)
-#pragma GCC unroll 2
-                for (int j = 0; j < 2; j++) total[i][j] = load(mixed + (r + i) * padded + k + j * kLanes);
-            for (int64_t key = 0; key < count; key++) {
-                const V a = value(key, k), b = value(key, k + kLanes);
-#pragma GCC unroll 6
-                for (int i = 0; i < kRowStep; i++) {
-                    const float s = scores[(r + i) * kKeyTile + key];
-                    total[i][0] += a * s;
-                    total[i][1] += b * s;
-                }
-            }
-#pragma GCC unroll 6
-            for (int i = 0; i < kRowStep; i++)
-#pragma GCC unroll 2
-                for (int j = 0; j < 2; j++) store(mixed + (r + i) * padded + k + j * kLanes, total[i][j]);
+// mixed[row] += scores[row] @ values for R rows, WIDE registers of columns at a time; value(key, k) loads one.
+template <int R, int WIDE, class F>
+static inline void mix_rows(const float* scores, int64_t count, int64_t padded, float* mixed, F&& value) {
+    for (int64_t k = 0; k < padded; k += WIDE * kLanes) {
+        V total[R][WIDE];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) total[i][j] = load(mixed + i * padded + k + j * kLanes);
+        for (int64_t key = 0; key < count; key++) {
+            V one[WIDE];
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) one[j] = value(key, k + j * kLanes);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDE; j++) total[i][j] += one[j] * scores[i * kKeyTile + key];
         }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) store(mixed + i * padded + k + j * kLanes, total[i][j]);
+    }
+}
+
+template <int R, class F>
+static inline void mix(const float* scores, int64_t count, int64_t padded, float* mixed, F&& value) {
+    if constexpr (R <= 4 && kLanes == 16)  // few rows alone would leave the adders waiting for each other
+        if (padded % (4 * kLanes) == 0) return mix_rows<R, 4>(scores, count, padded, mixed, value);
+    mix_rows<R, 2>(scores, count, padded, mixed, value);
+}
+
+// run(tag of count) for a count in [1, kFewRows].
+template <class F> static inline void with_rows(int64_t count, F&& run) {
+    switch (count) {
+        case 1: return run(Tag<1>{});
+        case 2: return run(Tag<2>{});
+        case 3: return run(Tag<3>{});
+        case 4: return run(Tag<4>{});
+        case 5: return run(Tag<5>{});
+        case 6: return run(Tag<6>{});
+        case 7: return run(Tag<7>{});
+        default: return run(Tag<8>{});
+    }
 }
 
 // The rows of a task on their way through the keys.
@@ -170,31 +188,44 @@ static inline void soften(const AttentionTask& task, const Rows& rows, int64_t r
     rows.weight[r] += sum(total);
 }
 
+// A tile of keys for few rows, and for many.
 template <int32_t TYPE>
-static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t low, int64_t high) {
-    const int64_t start = segment.starts[task.sequence], padded = rows.padded;
+static void few_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t at, int64_t found) {
     const void *keys = segment.keys[task.layer], *values = segment.values[task.layer];
-    const bool few = rows.count <= kFewRows && task.model->head_dim % (2 * kLanes) == 0;
+    const int64_t start = segment.starts[task.sequence], padded = rows.padded;
+    int64_t places[kKeyTile];
+    for (int64_t i = 0; i < found; i++) places[i] = stored_at(segment, task, at + i);
+    with_rows(rows.count, [&](auto tag) {
+        constexpr int R = decltype(tag)::scheme;
+        score_few<TYPE, R>(keys, places, found, task.model->head_dim, rows.query, padded, rows.scores);
+        for (int64_t r = 0; r < R; r++) soften(task, rows, r, start + at, found);
+        mix<R>(rows.scores, found, padded, rows.mixed,
+               [&](int64_t key, int64_t k) { return load_stored<TYPE>(values, places[key] + k); });
+    });
+}
+
+template <int32_t TYPE>
+static void many_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t at,
+                      int64_t found) {
+    const int64_t padded = rows.padded;
+    gather<TYPE>(segment, segment.keys[task.layer], task, at, found, padded, rows.values);
+    turn_keys(rows.values, found, padded, rows.keys);
+    score_rows(rows.query, rows.full, padded, rows.keys, rows.scores);
+    for (int64_t r = 0; r < rows.count; r++) soften(task, rows, r, segment.starts[task.sequence] + at, found);
+    gather<TYPE>(segment, segment.values[task.layer], task, at, found, padded, rows.values);
+    for (int64_t r = 0; r < rows.full; r += kRowStep)
+        mix<kRowStep>(rows.scores + r * kKeyTile, found, padded, rows.mixed + r * padded,
+                      [&](int64_t key, int64_t k) { return load(rows.values + key * padded + k); });
+}
+
+template <int32_t TYPE>
+static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, bool few) {
+    const int64_t start = segment.starts[task.sequence];
+    const int64_t low = most(0, task.low - start), high = least(segment.lengths[task.sequence], task.high - start);
     for (int64_t at = low; at < high; at += kKeyTile) {
         const int64_t found = least(kKeyTile, high - at);
-        if (few) {
-            score_few<TYPE>(segment, keys, task, at, found, rows.query, rows.full, padded, rows.scores);
-        } else {
-            gather<TYPE>(segment, keys, task, at, found, padded, rows.values);
-            turn_keys(rows.values, found, padded, rows.keys);
-            score_rows(rows.query, rows.full, padded, rows.keys, rows.scores);
-        }
-        for (int64_t r = 0; r < rows.count; r++) soften(task, rows, r, start + at, found);
-        if (few) {
-            int64_t place[kKeyTile];
-            for (int64_t i = 0; i < found; i++) place[i] = stored_at(segment, task, at + i);
-            mix(rows.scores, rows.full, found, padded, rows.mixed,
-                [&](int64_t key, int64_t k) { return load_stored<TYPE>(values, place[key] + k); });
-        } else {
-            gather<TYPE>(segment, values, task, at, found, padded, rows.values);
-            mix(rows.scores, rows.full, found, padded, rows.mixed,
-                [&](int64_t key, int64_t k) { return load(rows.values + key * padded + k); });
-        }
+        if (few) few_rows<TYPE>(task, rows, segment, at, found);
+        else many_rows<TYPE>(task, rows, segment, at, found);
     }
 }
 
@@ -213,8 +244,9 @@ static void attend(const AttentionTask& task) {
     rows.scores = rows.mixed + rows.full * rows.padded;
     rows.best = rows.scores + rows.full * kKeyTile;
     rows.weight = rows.best + rows.full;
+    const bool few = rows.count <= kFewRows && dim % (2 * kLanes) == 0;
     memset(rows.query, 0, (size_t)(rows.full * (2 * rows.padded + kKeyTile)) * 4);
-    memset(rows.keys, 0, (size_t)(2 * kKeyTile * rows.padded) * 4);
+    if (!few) memset(rows.keys, 0, (size_t)(2 * kKeyTile * rows.padded) * 4);
     for (int64_t r = 0; r < rows.count; r++) {
         const float* from =
             task.query + (task.begin + r / rows.group) * task.stride + (task.kv_head * rows.group + r % rows.group) * dim;
@@ -224,11 +256,9 @@ static void attend(const AttentionTask& task) {
 
     for (int64_t n = 0; n < task.batch->segments_count; n++) {
         const RvSegment& segment = task.batch->segments[n];
-        const int64_t start = segment.starts[task.sequence];
-        const int64_t low = most(0, task.low - start), high = least(segment.lengths[task.sequence], task.high - start);
-        if (segment.type == RV_KV_F16) walk<RV_KV_F16>(task, rows, segment, low, high);
-        else if (segment.type == RV_KV_BF16) walk<RV_KV_BF16>(task, rows, segment, low, high);
-        else walk<RV_KV_F32>(task, rows, segment, low, high);
+        if (segment.type == RV_KV_F16) walk<RV_KV_F16>(task, rows, segment, few);
+        else if (segment.type == RV_KV_BF16) walk<RV_KV_BF16>(task, rows, segment, few);
+        else walk<RV_KV_F32>(task, rows, segment, few);
     }
     for (int64_t r = 0; r < rows.count; r++) {
         const float* mixed = rows.mixed + r * rows.padded;

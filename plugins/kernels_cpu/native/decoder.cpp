@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kSplitKeys = 512;     // keys of one task where tokens are few, whatever the number of threads
+constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
 
