@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#define RV_ABI_VERSION 2
+#define RV_ABI_VERSION 3
 #define RV_API extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -56,17 +56,16 @@ struct RvSegment {
     void* const* values;
 };
 
-// A low-rank delta of one site for tokens [begin, end): a [rank, in], b [out, rank].
-struct RvDelta {
-    int32_t layer, site, rank, unused;
-    int64_t begin, end;
+// What one adapter adds at one matrix: scale * b (a x), with a [rank, in] and b turned to [rank, out]. Rank 0: nothing.
+struct RvLowRank {
     const float* a;
     const float* b;
     float scale;
+    int32_t rank;
 };
 
 struct RvBatch {
-    int64_t tokens_count, sequences, rows_count, segments_count, deltas_count;
+    int64_t tokens_count, sequences, rows_count, segments_count;
     const int64_t* tokens;     // [T]
     const int64_t* positions;  // [T]
     const int32_t* cu_q;       // [B + 1]
@@ -75,7 +74,7 @@ struct RvBatch {
     const float* const* cos;   // [B], each [positions, rope_dim / 2]
     const float* const* sin;
     const RvSegment* segments;
-    const RvDelta* deltas;
+    const RvLowRank* const* adapters;  // null, or [B], each null or [layers][RV_SITES]
 };
 
 // Of one operation; each uses the fields it needs. Segments given to operations have the pointers of one layer only.

@@ -95,41 +95,27 @@ void RvDecoder::products(const Activations& x, const Product* wanted, int count)
     });
 }
 
-void RvDecoder::add_deltas(const RvBatch& batch, int layer, int site, const Activations& x, float* out,
-                           int64_t stride) {
-    for (int64_t n = 0; n < batch.deltas_count; n++) {
-        const RvDelta& delta = batch.deltas[n];
-        if (delta.layer != layer || delta.site != site) continue;
-        const int64_t count = delta.end - delta.begin, rows = layers_[(size_t)layer].sites[site].source.rows;
-        float* low = delta_.room(count * (delta.rank + rows));
-        float* high = low + count * delta.rank;
-        const auto matrix = [](const float* data, int64_t height, int64_t width) {
-            return Matrix{{(const uint8_t*)data, nullptr, height, width, width * 4, RV_F32, 0}, nullptr, 0};
-        };
-        const Matrix a = matrix(delta.a, delta.rank, x.cols), b = matrix(delta.b, rows, delta.rank);
-        const Product down{&a, low, delta.rank}, up{&b, high, rows};
-        Activations narrow;
-        narrow.x = x.x + delta.begin * x.cols;
-        narrow.count = count;
-        narrow.cols = x.cols;
-        products(narrow, &down, 1);
-        narrow.x = low;
-        narrow.cols = delta.rank;
-        products(narrow, &up, 1);
-        for (int64_t t = 0; t < count; t++)
-            for (int64_t r = 0; r < rows; r++) out[(delta.begin + t) * stride + r] += delta.scale * high[t * rows + r];
-    }
+// What the adapter of a token's sequence adds to the product of one site. It is called at the beginning of the loop that
+// next reads the product, which saves threads another meeting.
+void RvDecoder::adapt(const RvBatch& batch, int layer, int site, int64_t t, const float* x, float* out) const {
+    const RvLowRank* adapter = batch.adapters ? batch.adapters[owner_[(size_t)t]] : nullptr;
+    if (!adapter) return;
+    const RvMatrix& w = layers_[(size_t)layer].sites[site].source;
+    kernels_.low_rank(adapter[layer * RV_SITES + site], x, w.cols, out, w.rows);
 }
 
 // Rotates queries and keys in place, and stores keys and values.
-void RvDecoder::append(const RvBatch& batch, int layer, float* qkv, int64_t width) {
+void RvDecoder::append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width) {
     const RvSegment& newest = batch.segments[batch.segments_count - 1];
     const int64_t dim = model_.head_dim, q = model_.heads * dim, kv = model_.kv_heads * dim;
     const int64_t bytes = newest.type == RV_KV_F32 ? 4 : 2;
     each_token(batch.tokens_count, [&](int64_t t) {
-        const int64_t b = std::upper_bound(batch.cu_q, batch.cu_q + batch.sequences + 1, (int32_t)t) - batch.cu_q - 1;
+        const int32_t b = owner_[(size_t)t];
         const int64_t at = batch.positions[t] * (model_.rope_dim / 2);
         float* row = qkv + t * width;
+        adapt(batch, layer, RV_Q, t, x + t * model_.hidden, row);
+        adapt(batch, layer, RV_K, t, x + t * model_.hidden, row + q);
+        adapt(batch, layer, RV_V, t, x + t * model_.hidden, row + q + kv);
         kernels_.rope(row, model_.heads + model_.kv_heads, model_, batch.cos[b] + at, batch.sin[b] + at);
         const int64_t size = newest.block_size, block = batch.slots[t] / size, offset = batch.slots[t] % size;
         for (int64_t k = 0; k < model_.kv_heads; k++) {
@@ -203,8 +189,8 @@ void RvDecoder::attention(const RvBatch& batch, int layer, const float* query, i
     }
 }
 
-// `pending` is what the next norm adds to the residual: the output of the last product.
-void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
+// `pending` is what the next norm adds to the residual: the output of the last product, its adapter still to come.
+void RvDecoder::layer(const RvBatch& batch, int n, float** pending) {
     const RvLayer& layer = layers_[(size_t)n].source;
     const Matrix* w = layers_[(size_t)n].sites;
     const int64_t count = batch.tokens_count, hidden = model_.hidden, inner = model_.inner, dim = model_.head_dim;
@@ -214,56 +200,62 @@ void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
     float *both = inner_.room(count * 2 * inner), *gated = gated_.room(count * inner);
 
     Activations in = describe(x, count, hidden, quantized(w[RV_Q]) || quantized(w[RV_K]) || quantized(w[RV_V]));
-    const float* add = *pending;
+    float* add = *pending;
     each_tile(in, [&](int64_t t) {
+        if (add) adapt(batch, n - 1, RV_DOWN, t, gated + t * inner, add + t * hidden);
         kernels_.norm(residual + t * hidden, add ? add + t * hidden : nullptr, layer.attn_norm, hidden, model_.eps,
                       x + t * hidden);
     });
     const Product heads[] = {{&w[RV_Q], qkv, width}, {&w[RV_K], qkv + q, width}, {&w[RV_V], qkv + q + kv, width}};
     products(in, heads, 3);
-    for (int site = RV_Q; site <= RV_V; site++) add_deltas(batch, n, site, in, heads[site].out, width);
-    append(batch, n, qkv, width);
+    append(batch, n, x, qkv, width);
     attention(batch, n, qkv, width, mixed);
 
     in = describe(mixed, count, q, quantized(w[RV_O]));
     if (in.q) each_tile(in, [](int64_t) {});
     const Product out{&w[RV_O], x, hidden};
     products(in, &out, 1);
-    add_deltas(batch, n, RV_O, in, x, hidden);
 
     in = describe(x, count, hidden, quantized(w[RV_GATE]) || quantized(w[RV_UP]));
     each_tile(in, [&](int64_t t) {
+        adapt(batch, n, RV_O, t, mixed + t * q, x + t * hidden);
         kernels_.norm(residual + t * hidden, x + t * hidden, layer.mlp_norm, hidden, model_.eps, x + t * hidden);
     });
     const Product halves[] = {{&w[RV_GATE], both, 2 * inner}, {&w[RV_UP], both + inner, 2 * inner}};
     products(in, halves, 2);
-    add_deltas(batch, n, RV_GATE, in, both, 2 * inner);
-    add_deltas(batch, n, RV_UP, in, both + inner, 2 * inner);
 
     in = describe(gated, count, inner, quantized(w[RV_DOWN]));
     each_tile(in, [&](int64_t t) {
-        const float* gate = both + t * 2 * inner;
+        float* gate = both + t * 2 * inner;
+        adapt(batch, n, RV_GATE, t, x + t * hidden, gate);
+        adapt(batch, n, RV_UP, t, x + t * hidden, gate + inner);
         kernels_.gated(gate, gate + inner, inner, model_.activation, gated + t * inner);
     });
     const Product down{&w[RV_DOWN], x, hidden};
     products(in, &down, 1);
-    add_deltas(batch, n, RV_DOWN, in, x, hidden);
     *pending = x;
 }
 
 void RvDecoder::forward(const RvBatch& batch, float* hidden) {
     const int64_t count = batch.tokens_count, width = model_.hidden;
     float* residual = residual_.room(count * width);
+    owner_.resize((size_t)count);
+    for (int64_t b = 0; b < batch.sequences; b++)
+        std::fill(owner_.begin() + batch.cu_q[b], owner_.begin() + batch.cu_q[b + 1], (int32_t)b);
     each_token(count, [&](int64_t t) {
         kernels_.decode_row(model_.embed, batch.tokens[t], residual + t * width);
     });
-    const float* pending = nullptr;
+    float* pending = nullptr;
     for (int n = 0; n < model_.layers; n++) layer(batch, n, &pending);
-    // A row may be wanted twice: the sum is formed apart, the residual stays as it is.
-    float* total = qkv_.room(width);
+    // A row may be wanted twice: sums are formed apart, the residual and the last product stay as they are.
+    float *total = qkv_.room(2 * width), *last = total + width;
+    const float* gated = gated_.room(count * model_.inner);
     for (int64_t r = 0; r < batch.rows_count; r++) {
-        memcpy(total, residual + batch.rows[r] * width, (size_t)width * 4);
-        kernels_.norm(total, pending + batch.rows[r] * width, model_.final_norm, width, model_.eps, hidden + r * width);
+        const int64_t t = batch.rows[r];
+        memcpy(total, residual + t * width, (size_t)width * 4);
+        memcpy(last, pending + t * width, (size_t)width * 4);
+        adapt(batch, model_.layers - 1, RV_DOWN, t, gated + t * model_.inner, last);
+        kernels_.norm(total, last, model_.final_norm, width, model_.eps, hidden + r * width);
     }
 }
 

@@ -43,11 +43,11 @@ struct RvDecoder {
     template <class F> void each_tile(const Activations& x, F&& before);
     Activations describe(const float* x, int64_t count, int64_t cols, bool quantized);
     void products(const Activations& x, const Product* wanted, int count);
-    void add_deltas(const RvBatch& batch, int layer, int site, const Activations& x, float* out, int64_t stride);
-    void append(const RvBatch& batch, int layer, float* qkv, int64_t width);
+    void adapt(const RvBatch& batch, int layer, int site, int64_t t, const float* x, float* out) const;
+    void append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width);
     void plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
     void attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
-    void layer(const RvBatch& batch, int n, const float** pending);
+    void layer(const RvBatch& batch, int n, float** pending);
 
     RvModel model_;
     std::vector<Layer> layers_;
@@ -56,8 +56,9 @@ struct RvDecoder {
     Pool pool_;
     std::unique_ptr<Pages> packed_;
     std::vector<std::vector<float>> scratch_;  // one a thread
+    std::vector<int32_t> owner_;  // the sequence of each token
     std::vector<AttentionTask> tasks_;
-    Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, delta_, partial_;
+    Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, partial_;
     Buffer<int8_t> bytes_;
 };
 

@@ -67,4 +67,18 @@ static void softcap(float* x, int64_t n, float cap) {
     for (int64_t i = 0; i < n; i++) x[i] = cap * tanhf(x[i] / cap);
 }
 
+static void low_rank(const RvLowRank& delta, const float* x, int64_t cols, float* out, int64_t rows) {
+    for (int32_t k = 0; k < delta.rank; k++) {
+        const float *a = delta.a + k * cols, *b = delta.b + k * rows;
+        V total{};
+        float rest = 0;
+        int64_t i = 0;
+        for (; i + kLanes <= cols; i += kLanes) total += load(a + i) * load(x + i);
+        for (; i < cols; i++) rest += a[i] * x[i];
+        const float found = delta.scale * (sum(total) + rest);
+        for (i = 0; i + kLanes <= rows; i += kLanes) store(out + i, load(out + i) + load(b + i) * found);
+        for (; i < rows; i++) out[i] += b[i] * found;
+    }
+}
+
 }  // namespace

@@ -71,6 +71,8 @@ struct Kernels {
     void (*gated)(const float* gate, const float* up, int64_t n, int32_t activation, float* out);
     void (*attend)(const AttentionTask& task);
     void (*softcap)(float* x, int64_t n, float cap);
+    // out [rows] += what an adapter adds for one token x [cols]
+    void (*low_rank)(const RvLowRank& delta, const float* x, int64_t cols, float* out, int64_t rows);
 };
 
 inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F16 || scheme == RV_BF16; }

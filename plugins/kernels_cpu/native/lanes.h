@@ -42,8 +42,13 @@ static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to
 #define RV_LOW 0, 4, 1, 5
 #define RV_HIGH 2, 6, 3, 7
 #endif
+#if defined(__clang__)
+static inline V weave_low(V a, V b) { return __builtin_shufflevector(a, b, RV_LOW); }
+static inline V weave_high(V a, V b) { return __builtin_shufflevector(a, b, RV_HIGH); }
+#else
 static inline V weave_low(V a, V b) { return __builtin_shuffle(a, b, VI{RV_LOW}); }
 static inline V weave_high(V a, V b) { return __builtin_shuffle(a, b, VI{RV_HIGH}); }
+#endif
 
 // Turns a square of kLanes registers.
 static inline void turn(V* x) {

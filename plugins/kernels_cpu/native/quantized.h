@@ -167,7 +167,8 @@ static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begi
 static inline float top_of(const float* x) {
     V top{};
     for (int i = 0; i < 32; i += kLanes) top = vmax(top, vmax(load(x + i), -load(x + i)));
-    return largest(top);
+    const float found = largest(top);
+    return found > 1e-36f ? found : 0;  // its reciprocal has to be finite
 }
 
 // 32 values as q, and as r if it is not null, with the sums of each half in units of top / (127 * 256).

@@ -6,4 +6,5 @@
 #include "pack.h"
 
 #define RV_TABLE(NAME) \
-    {NAME, kTile, norm, quantize, pack, matmul, decode_row, rope, store_kv, gated, attend, softcap}
+    {NAME, kTile, norm, quantize, pack, matmul, decode_row, rope, store_kv, gated, attend, softcap, \
+     low_rank}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 2
-#: Matrices of a layer in the order of the C structure; low-rank deltas name them by their index.
+VERSION = 3
+#: Matrices of a layer in the order of the C structure.
 SITES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -52,25 +52,18 @@ class Segment(Structure):
     ]
 
 
-class Delta(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("layer", "site", "rank", "unused")),
-        ("begin", c_int64),
-        ("end", c_int64),
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("scale", c_float),
-    ]
+class LowRank(Structure):
+    _fields_ = [("a", c_void_p), ("b", c_void_p), ("scale", c_float), ("rank", c_int32)]
 
 
 class BatchArgs(Structure):
     _fields_ = [
         *((f"{name}_count", c_int64) for name in ("tokens",)),
         ("sequences", c_int64),
-        *((f"{name}_count", c_int64) for name in ("rows", "segments", "deltas")),
+        *((f"{name}_count", c_int64) for name in ("rows", "segments")),
         *((name, c_void_p) for name in ("tokens", "positions", "cu_q", "rows", "slots", "cos", "sin")),
         ("segments", c_void_p),
-        ("deltas", c_void_p),
+        ("adapters", c_void_p),
     ]
 
 

@@ -15,6 +15,7 @@ from ruvllm_core.errors import ConfigError
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import FloatArray
 from ruvllm_kernels_cpu import abi
+from ruvllm_kernels_cpu.adapters import AdapterTables
 
 #: How keys and values may be stored: the C library's number for it, and the type of the arrays (bf16 as bare bits).
 KV_TYPES: dict[str, tuple[int, np.dtype[Any]]] = {
@@ -25,7 +26,11 @@ KV_TYPES: dict[str, tuple[int, np.dtype[Any]]] = {
 
 
 def convert(
-    batch: Batch, spec: ModelSpec, tables: Sequence[tuple[FloatArray, FloatArray]], max_context: int
+    batch: Batch,
+    spec: ModelSpec,
+    tables: Sequence[tuple[FloatArray, FloatArray]],
+    adapters: AdapterTables,
+    max_context: int,
 ) -> tuple[abi.BatchArgs, list[Any]]:
     """The structure, and the objects whose memory it points to.
 
@@ -56,14 +61,12 @@ def convert(
     segments = (abi.Segment * len(batch.kv.segments))(
         *(_segment(one, spec, sequences, array, pointers, keep) for one in batch.kv.segments)
     )
-    deltas = _deltas(batch, spec, keep)
-    keep += [segments, deltas]
+    keep.append(segments)
     args = abi.BatchArgs(
         tokens_count=count,
         sequences=sequences,
         rows_count=len(batch.rows),
         segments_count=len(segments),
-        deltas_count=len(deltas),
         tokens=array(batch.tokens, np.int64, count, "tokens", 0, spec.vocab_size),
         positions=array(batch.positions, np.int64, count, "positions", 0, max_context),
         cu_q=array(batch.cu_q, np.int32, sequences + 1, "cu_q", 0, count + 1),
@@ -72,7 +75,7 @@ def convert(
         cos=pointers([cos for cos, _ in tables]),
         sin=pointers([sin for _, sin in tables]),
         segments=ctypes.addressof(segments),
-        deltas=ctypes.addressof(deltas),
+        adapters=adapters.pointers(batch.adapters, keep),
     )
     return args, keep
 
@@ -112,46 +115,3 @@ def _segment(segment: Segment, spec: ModelSpec, sequences: int, array: Any, poin
         keys=pointers(storage.keys),
         values=pointers(storage.values),
     )
-
-
-def _deltas(batch: Batch, spec: ModelSpec, keep: list[Any]) -> Any:
-    """Low-rank deltas at sites inside the layers; the ``final`` site is not the decoder's."""
-    found = []
-    for b, adapter in enumerate(batch.adapters):
-        if adapter is None or not adapter.changes_cache:
-            continue
-        for n in range(spec.num_layers):
-            for index, site in enumerate(abi.SITES):
-                delta = adapter.sites.get(f"layers.{n}.{site}")
-                if delta is None:
-                    continue
-                a, b_factor = (np.ascontiguousarray(one, dtype=np.float32) for one in (delta.a, delta.b))
-                width, height = _site_shape(spec, site)
-                rank = len(a)
-                if a.shape != (rank, width) or b_factor.shape != (height, rank) or not 0 < rank <= spec.hidden_size:
-                    raise ValueError(
-                        f"adapter {adapter.version}, layers.{n}.{site}: a {a.shape} and b {b_factor.shape} "
-                        f"must be [r, {width}] and [{height}, r]"
-                    )
-                keep += [a, b_factor]
-                found.append(
-                    abi.Delta(
-                        layer=n,
-                        site=index,
-                        rank=rank,
-                        begin=int(batch.cu_q[b]),
-                        end=int(batch.cu_q[b + 1]),
-                        a=a.ctypes.data,
-                        b=b_factor.ctypes.data,
-                        scale=delta.scale,
-                    )
-                )
-    return (abi.Delta * len(found))(*found)
-
-
-def _site_shape(spec: ModelSpec, site: str) -> tuple[int, int]:
-    """Columns and rows of a layer's matrix."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes = {"attn.q": (hidden, q), "attn.k": (hidden, kv), "attn.v": (hidden, kv), "attn.o": (q, hidden)}
-    return {**shapes, "mlp.down": (inner, hidden)}.get(site, (hidden, inner))

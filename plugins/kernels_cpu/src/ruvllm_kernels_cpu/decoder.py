@@ -16,6 +16,7 @@ from ruvllm_core.machine import require_memory, usable_cpus
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
 from ruvllm_kernels_cpu import arguments
+from ruvllm_kernels_cpu.adapters import AdapterTables
 from ruvllm_kernels_cpu.library import load
 from ruvllm_kernels_cpu.model import describe
 
@@ -37,6 +38,7 @@ class CpuDecoder:
         self.threads = options.threads or usable_cpus()
         self._max_context = options.max_context
         self._rope: dict[int, tuple[FloatArray, FloatArray]] = {}
+        self._adapters = AdapterTables(spec)
         self._handle = ctypes.c_void_p()
         self._library = load()
         model, self._owners = describe(spec, weights, activation_bits)
@@ -58,7 +60,7 @@ class CpuDecoder:
     def forward(self, batch: Batch) -> FloatArray:
         handle = self._open()
         tables = [self._rope_table(int(variant)) for variant in batch.rope_variants]
-        args, keep = arguments.convert(batch, self.spec, tables, self._max_context)
+        args, keep = arguments.convert(batch, self.spec, tables, self._adapters, self._max_context)
         hidden = np.empty((len(batch.rows), self.spec.hidden_size), dtype=np.float32)
         self._check(self._library.rv_forward(handle, ctypes.byref(args), hidden.ctypes.data))
         del keep  # what `args` points to had to live until here

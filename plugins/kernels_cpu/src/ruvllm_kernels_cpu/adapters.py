@@ -1,0 +1,68 @@
+"""Adapters as the C library reads them, made once for each."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ruvllm_core.model.spec import ModelSpec
+from ruvllm_core.protocols import Adapter
+from ruvllm_kernels_cpu import abi
+
+
+class AdapterTables:
+    """For each adapter its low-rank deltas ``[layers][sites]``; the ``final`` site is not the decoder's."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._tables: WeakKeyDictionary[Adapter, tuple[Any, list[Any]]] = WeakKeyDictionary()
+
+    def pointers(self, adapters: Sequence[Adapter | None], keep: list[Any]) -> int | None:
+        """Address of one pointer a sequence, or None if none has deltas here; `keep` takes what must stay alive.
+
+        Raises `ValueError` for matrices that do not fit the model.
+        """
+        if not any(one is not None and one.changes_cache for one in adapters):
+            return None
+        found = (ctypes.c_void_p * len(adapters))()
+        for index, adapter in enumerate(adapters):
+            if adapter is None or not adapter.changes_cache:
+                continue
+            if adapter not in self._tables:
+                self._tables[adapter] = self._table(adapter)
+            keep.append(self._tables[adapter])
+            found[index] = ctypes.addressof(self._tables[adapter][0])
+        keep.append(found)
+        return ctypes.addressof(found)
+
+    def _table(self, adapter: Adapter) -> tuple[Any, list[Any]]:
+        table = (abi.LowRank * (self._spec.num_layers * len(abi.SITES)))()
+        arrays: list[Any] = []
+        for n in range(self._spec.num_layers):
+            for index, site in enumerate(abi.SITES):
+                delta = adapter.sites.get(f"layers.{n}.{site}")
+                if delta is None:
+                    continue
+                a = np.ascontiguousarray(delta.a, dtype=np.float32)
+                turned = np.ascontiguousarray(np.asarray(delta.b, dtype=np.float32).T)
+                (width, height), rank = _site_shape(self._spec, site), len(a)
+                if a.shape != (rank, width) or turned.shape != (rank, height) or rank < 1:
+                    raise ValueError(
+                        f"adapter {adapter.version}, layers.{n}.{site}: a {a.shape} and b {turned.shape[::-1]} "
+                        f"must be [r, {width}] and [{height}, r]"
+                    )
+                arrays += [a, turned]
+                table[n * len(abi.SITES) + index] = abi.LowRank(a.ctypes.data, turned.ctypes.data, delta.scale, rank)
+        return table, arrays
+
+
+def _site_shape(spec: ModelSpec, site: str) -> tuple[int, int]:
+    """Columns and rows of a layer's matrix."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes = {"attn.q": (hidden, q), "attn.k": (hidden, kv), "attn.v": (hidden, kv), "attn.o": (q, hidden)}
+    return {**shapes, "mlp.down": (inner, hidden)}.get(site, (hidden, inner))
