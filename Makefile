@@ -8,20 +8,24 @@ ARGS ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-# kernels_cpu is still in the making and has to be installed by hand: its README says why.
-PLUGINS := $(filter-out plugins/kernels_cpu,$(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml))))
-MANIFESTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
+PLUGINS := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
+NATIVE := $(wildcard plugins/*/CMakeLists.txt plugins/*/native/*)
+MANIFESTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml) $(NATIVE) constraints.txt
 MODEL_HERE := $(VENV)/.model-$(subst :,--,$(subst /,--,$(MODEL)))
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # In the environment, so that quotes in a prompt survive the shell.
 export PROMPT
+# What pip builds with (CMake and Ninja too, where they are not installed) is held to the same versions: older pips take
+# them from the first of these, newer ones from the second.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format dist bench clean
+.PHONY: help install run test check check-native format dist bench clean
 
 help:  ## what these commands do
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  settings: PYTHON=$(PYTHON) VENV=$(VENV) MODEL=$(MODEL) PROMPT="$(PROMPT)" ARGS="$(ARGS)"'
 
 install: $(VENV)/.installed  ## core and all plugins, editable, into .venv
@@ -39,6 +43,9 @@ check: $(VENV)/.test-needs  ## style, types, import rules, size limits, document
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/check_sizes.py
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
+
+check-native: $(VENV)/.test-needs  ## tests of the native code under AddressSanitizer and UBSan
+	scripts/check_native.sh $(BIN)/python $(ARGS)
 
 format: $(VENV)/.test-needs  ## apply the style, and write the command line's reference anew
 	$(BIN)/ruff check --fix .

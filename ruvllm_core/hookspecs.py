@@ -32,6 +32,7 @@ class Offer:
         summary: one line for ``ruvllm plugins`` and ``ruvllm --help``.
         probe: returns None if it can run here, else the reason why not. Must be quick and import nothing heavy.
         priority: kernels are tried from the highest down.
+        devices: what kernels run on, as in ``("cpu",)``; empty is any device.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Offer:
     summary: str = ""
     probe: Callable[[], str | None] | None = None
     priority: int = 0
+    devices: tuple[str, ...] = ()
 
 
 @hookspec

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import psutil
 
 from ruvllm_core.errors import OutOfMemoryError
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _DEVICES = Path("/sys/fs/cgroup"), Path("/dev")
 
 
 def available_memory() -> int:
@@ -37,6 +38,19 @@ def require_memory(needed: int, purpose: str, remedy: str = "") -> None:
             f"{purpose} need {needed / 2**30:.2f} GiB, but only {available / 2**30:.2f} GiB are available",
             hint=remedy or "use a smaller model or a smaller arithmetic type, or close other programs",
         )
+
+
+def kernels_device(kernels: str | list[str], device: str) -> str:
+    """The device to look for kernels on: `device`, but a GPU that PyTorch can use where both settings are ``auto``.
+
+    PyTorch is not imported where Linux knows of no GPU.
+    """
+    nodes = [node.name for node in _DEVICES.glob("*") if node.name.startswith(("nvidia", "kfd", "dxg"))]
+    if not kernels == device == "auto" or (sys.platform == "linux" and not nodes):
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else device
 
 
 def usable_cpus() -> int:

@@ -78,6 +78,7 @@ class DecoderOptions:
         device_index: which GPU, where `device` does not say.
         threads: CPU threads; 0 follows the machine and its cgroup limits.
         max_context: longest sequence that will be asked for.
+        plugin: settings of the provider's own plugin, an instance of its ``Settings`` model, or None if it has none.
     """
 
     dtype: str = "auto"
@@ -85,6 +86,7 @@ class DecoderOptions:
     device_index: int = 0
     threads: int = 0
     max_context: int = 4096
+    plugin: Any = None
 
 
 @runtime_checkable

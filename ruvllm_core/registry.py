@@ -44,8 +44,10 @@ class Entry(Owner):
     def name(self) -> str:
         return self.offer.name
 
-    def reason(self) -> str | None:
-        """Why it cannot run here, or None."""
+    def reason(self, device: str = "auto") -> str | None:
+        """Why it cannot run here, or not on `device`; or None."""
+        if self.offer.devices and device.partition(":")[0] not in ("auto", *self.offer.devices):
+            return f"it runs on {' and '.join(self.offer.devices)}, not on {device}"
         if self.offer.probe is None:
             return None
         try:
@@ -136,10 +138,10 @@ class Registry:
         left_out = ", ".join(f"{plugin.plugin} ({plugin.reason})" for plugin in self.quarantined)
         return left_out and f"; not in use: {left_out}"
 
-    def load(self, kind: str, name: str) -> Any:
+    def load(self, kind: str, name: str, device: str = "auto") -> Any:
         """The implementation called `name`, its probe passed. Raises `PluginError`."""
         entry = self.entry(kind, name)
-        if reason := entry.reason():
+        if reason := entry.reason(device):
             raise PluginError(f"{kind}: {name!r} of {entry.distribution} cannot run here: {reason}")
         return entry.load()
 
@@ -169,6 +171,12 @@ class Registry:
                 raise ConfigError(f"plugin {plugin} has no settings, but {', '.join(sorted(values))} is set")
             return None
         return validate_options(model, values, plugin)
+
+    @property
+    def variables(self) -> list[tuple[str, str, str]]:
+        """Environment variables of plugins' own (``ENVIRONMENT`` in ``hooks.py``): variable, plugin, its setting."""
+        tables = [(plugin, getattr(module, "ENVIRONMENT", {})) for plugin, (module, _) in self._modules.items()]
+        return [(variable, plugin, key) for plugin, table in tables for variable, key in table.items()]
 
     def check_settings(self) -> None:
         """Check every plugin's settings. Raises `ConfigError`, also for settings of a plugin that is not there."""
@@ -236,6 +244,8 @@ def _collect(module: ModuleType, owner: Owner) -> list[Entry]:
     settings = getattr(module, "Settings", BaseModel)
     if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
         raise PluginError("its Settings is no pydantic BaseModel")
+    if not set(getattr(module, "ENVIRONMENT", {}).values()) <= set(settings.model_fields):
+        raise PluginError("its ENVIRONMENT names settings that it does not have")
     manager = pluggy.PluginManager("ruvllm")  # one for each plugin: what one breaks, no other meets
     manager.add_hookspecs(hookspecs)
     manager.register(module, owner.plugin)
@@ -258,7 +268,7 @@ def _collect(module: ModuleType, owner: Owner) -> list[Entry]:
 def _usable(offer: object) -> bool:
     if not isinstance(offer, Offer):
         return False
-    texts = all(isinstance(text, str) for text in (offer.name, offer.target, offer.summary))
+    texts = all(isinstance(text, str) for text in (offer.name, offer.target, offer.summary, *offer.devices))
     probe = offer.probe is None or callable(offer.probe)
     return texts and probe and isinstance(offer.priority, int) and bool(offer.name) and ":" in offer.target
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsError
 
 from ruvllm_core.errors import ConfigError, near
@@ -111,7 +111,7 @@ class Settings(ModelFields):
 
     model_config = ConfigDict(extra="forbid")
 
-    cache_dir: Path = Field(Path("~/.cache/ruvllm"), validate_default=True)
+    cache_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(Path("~/.cache/ruvllm"), validate_default=True)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metal_device: int = Field(0, ge=0)
     offline: bool = False
@@ -122,11 +122,6 @@ class Settings(ModelFields):
     sampling: SamplingFields = Field(default_factory=SamplingFields)
     run: RunConfig = Field(default_factory=RunConfig)
     plugins: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @field_validator("cache_dir")
-    @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser()
 
     def with_model_config(self, config: ModelConfig) -> Settings:
         """A copy in which whatever `config` sets wins."""
@@ -142,14 +137,13 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
     Nested settings are merged key by key. Raises `ConfigError` naming the source, the key, and the nearest right key.
     """
     from_file = _read_toml(file) if file is not None else {}
-    _check_environment(os.environ)
-
+    of_plugins = _check_environment(os.environ)
     try:
         fields = cast(type[BaseSettings], Settings)
         from_environment = EnvSettingsSource(fields, env_prefix=ENV_PREFIX, env_nested_delimiter="__")()
     except SettingsError as error:
         raise ConfigError(f"an environment variable {ENV_PREFIX}… cannot be read: {error}") from None
-    return _validate(Settings, _merged(from_file, from_environment, flags), "flags and environment")
+    return _validate(Settings, _merged(from_file, of_plugins, from_environment, flags), "flags and environment")
 
 
 def _merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,9 +181,13 @@ def _read_toml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _check_environment(environment: Mapping[str, str]) -> None:
-    """Refuse ``RUVLLM_*`` variables that no setting answers to: pydantic-settings would pass over them."""
-    for variable in environment:
+def _check_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Refuse ``RUVLLM_*`` variables that no setting answers to: pydantic-settings would pass over them.
+
+    Returns the settings that are set by variables of plugins' own.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for variable, value in environment.items():
         if not variable.upper().startswith(ENV_PREFIX):
             continue
         path = tuple(variable[len(ENV_PREFIX) :].lower().split("__"))
@@ -199,8 +197,17 @@ def _check_environment(environment: Mapping[str, str]) -> None:
             continue  # of these, anything goes here
         known = _keys(Settings, path[:-1])
         if path[-1] not in known:
-            names = [ENV_PREFIX + "__".join((*path[:-1], key)).upper() for key in known]
-            raise ConfigError(f"no setting answers to the environment variable {variable}", hint=near(variable, names))
+            from ruvllm_core.registry import Registry  # it needs this module; and few variables are a plugin's own
+
+            owned = Registry.discover(Settings()).variables
+            names = [ENV_PREFIX + "__".join((*path[:-1], key)).upper() for key in known] + [name for name, *_ in owned]
+            if variable.upper() not in names:
+                what = f"no setting answers to the environment variable {variable}"
+                raise ConfigError(what, hint=near(variable, names))
+            found |= {
+                plugin: {**found.get(plugin, {}), key: value} for n, plugin, key in owned if n == variable.upper()
+            }
+    return {"plugins": found}
 
 
 def _keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

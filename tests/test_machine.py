@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -27,6 +29,22 @@ def test_a_control_group_limits_memory(group: Path) -> None:
         machine.require_memory(2**30, "weights")
     (group / "memory.max").write_text("max\n")
     machine.require_memory(1, "a byte")
+
+
+def test_a_gpu_goes_first_where_nothing_else_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    (tmp_path / "null").touch()
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would raise
+    assert machine.kernels_device("auto", "auto") == "auto"
+    (tmp_path / "nvidia0").touch()
+    assert machine.kernels_device(["cpu"], "auto") == "auto"
+    assert machine.kernels_device("auto", "cpu") == "cpu"
+    for cuda, metal, expected in ((True, False, "cuda"), (False, True, "mps"), (False, False, "auto")):
+        seen = SimpleNamespace(is_available=lambda cuda=cuda: cuda), SimpleNamespace(is_available=lambda m=metal: m)
+        torch = SimpleNamespace(cuda=seen[0], backends=SimpleNamespace(mps=seen[1]))
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        assert machine.kernels_device("auto", "auto") == expected
 
 
 def test_a_control_group_limits_processors(group: Path) -> None:

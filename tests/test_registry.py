@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ruvllm_core import Registry, Settings
+from ruvllm_core import Registry, Settings, load_settings
 from ruvllm_core.cli.plugins_command import selections
 from ruvllm_core.errors import ConfigError, PluginConflict, PluginError
 from ruvllm_core.hookspecs import API_VERSION
@@ -96,6 +96,7 @@ def test_a_plugin_is_found_with_its_distribution_and_version(install: Install) -
         (HEAD + "@hookimpl\ndef backends():\n    return [Offer(7, 'b:c')]", "is no usable Offer"),
         (HEAD + "@hookimpl\ndef backends():\n    return [Offer('a', 'b:c', priority='high')]", "is no usable Offer"),
         (HEAD + "@hookimpl\ndef backends():\n    return [Offer('a', 'b:c', probe='yes')]", "is no usable Offer"),
+        (HEAD + "@hookimpl\ndef backends():\n    return [Offer('a', 'b:c', devices=(0,))]", "is no usable Offer"),
         (HEAD + "import sys\n@hookimpl\ndef backends():\n    sys.exit('bye')", "SystemExit: bye"),
         (GOOD + "\nSettings = {'rate': 1}", "its Settings is no pydantic BaseModel"),
     ],
@@ -250,6 +251,19 @@ def test_selection_goes_by_priority_and_says_why_the_others_lost(install: Instal
     assert "did you mean faster or fast" in select("fastr")["error"]
 
 
+def test_kernels_say_which_devices_they_run_on(install: Install) -> None:
+    source = "@hookimpl\ndef kernels():\n    return [Offer('near', 'json:dumps', priority=5, devices=('cpu', 'mps'))]\n"
+    install("ruvllm-near", "near", HEAD + source)
+    registry = discover()
+    for device, chosen in (("auto", "near"), ("cpu", "near"), ("mps", "near"), ("cuda:1", "torch")):
+        found = selections(registry, Settings(device=device, kernels=["near", "torch"]))["kernels"]
+        assert found["selected"] == [chosen], device
+    assert {"name": "near", "reason": "it runs on cpu and mps, not on cuda:1"} in found["lost"]
+    with pytest.raises(PluginError, match="'near' of ruvllm-near cannot run here: it runs on cpu and mps, not on cuda"):
+        registry.load("kernels", "near", "cuda")
+    assert registry.load("kernels", "near", "cpu").__name__ == "dumps"
+
+
 def test_an_implementation_that_cannot_be_imported_names_its_package(install: Install) -> None:
     install("ruvllm-probes", "probes", PROBES)
     with pytest.raises(PluginError, match=r"'gone' of ruvllm-probes 1.2.3 .*module_that_is_nowhere") as caught:
@@ -321,6 +335,32 @@ def test_wrong_plugin_settings_are_errors(install: Install, plugins: dict[str, o
     with pytest.raises(ConfigError) as caught:
         discover(plugins=plugins).check_settings()
     assert message in str(caught.value)
+
+
+def test_a_plugin_may_own_an_environment_variable(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("ruvllm-tuned", "tuned", WITH_SETTINGS + "ENVIRONMENT = {'RUVLLM_TUNE_RANK': 'rank'}\n")
+    install("ruvllm-other", "other", WITH_SETTINGS + "ENVIRONMENT = {'RUVLLM_TUNE_RANK': 'rank'}\n")
+    install("ruvllm-wrong", "wrong", WITH_SETTINGS + "ENVIRONMENT = {'RUVLLM_TUNE_RATE': 'rate'}\n")
+    install("ruvllm-worse", "worse", WITH_SETTINGS + "ENVIRONMENT = 'RUVLLM_TUNE_RATE'\n")
+    monkeypatch.setenv("RUVLLM_TUNE_RANK", "7")
+    settings = load_settings(plugins={"tuned": {"learning_rate": 0.5}, "other": {"rank": 8}})
+    registry = Registry.discover(settings)
+    tuned, other = registry.options("tuned"), registry.options("other")
+    assert tuned is not None and tuned.model_dump() == {"learning_rate": 0.5, "rank": 7}
+    assert other is not None and other.model_dump()["rank"] == 8, "a flag goes first"
+    assert {row["name"]: row["reason"] for row in rows(registry, "wrong") + rows(registry, "worse")} == {
+        "wrong": "its ENVIRONMENT names settings that it does not have",
+        "worse": "AttributeError: 'str' object has no attribute 'values'",
+    }
+    monkeypatch.setenv("RUVLLM_PLUGINS__TUNED__RANK", "9")
+    assert load_settings().plugins == {"tuned": {"rank": "9"}, "other": {"rank": "7"}}, "the long name goes first"
+    monkeypatch.setenv("RUVLLM_TUNE_RANG", "7")
+    with pytest.raises(ConfigError, match=r"variable RUVLLM_TUNE_RANG\n.*did you mean RUVLLM_TUNE_RANK"):
+        load_settings()
+    monkeypatch.delenv("RUVLLM_TUNE_RANG")
+    monkeypatch.setenv("RUVLLM_TUNE_RANK", "many")
+    with pytest.raises(ConfigError, match=r"settings of plugin other: plugins\.other\.rank: .*integer"):
+        Registry.discover(load_settings()).options("other")
 
 
 def test_an_allow_list_that_names_nobody_is_an_error(install: Install) -> None:

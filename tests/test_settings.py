@@ -104,7 +104,7 @@ def test_biases_by_token_id_from_the_environment(monkeypatch: pytest.MonkeyPatch
         ("device = 'gpu'", ["device", "got 'gpu'"]),
         ("model = ''", ["model: String should have at least 1 character"]),
         ("[sampling]\ntop_p = 2", ["sampling.top_p: Input should be less than or equal to 1"]),
-        ("[sampling]\nstop = ['']", ["sampling.stop", "would stop at once"]),
+        ("[sampling]\nstop = ['']", ["sampling.stop", "at least 1 character"]),
         ("[cache]\nprecision = 'f8'", ["cache.precision", "got 'f8'"]),
         ("plugins = 3", ["plugins: Input should be a valid dictionary"]),
         ("threads = ", ["is not valid TOML"]),

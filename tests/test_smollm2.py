@@ -15,7 +15,7 @@ from ruvllm_core.model.hub import resolve
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    settings = Settings(plugins={"candle_like": {"max_sequences": len(PROMPTS)}})
+    settings = Settings(kernels=["torch"], plugins={"candle_like": {"max_sequences": len(PROMPTS)}})
     with Engine.load("smollm2", settings=settings, config=ModelConfig(max_context=256)) as made:
         yield made
 

@@ -9,6 +9,7 @@ import click
 from ruvllm_core.cli.app import App, pass_app
 from ruvllm_core.cli.output import print_json, print_table
 from ruvllm_core.errors import RuvLLMError
+from ruvllm_core.machine import kernels_device
 
 if TYPE_CHECKING:
     from ruvllm_core.registry import Registry
@@ -39,10 +40,11 @@ def selections(registry: Registry, settings: Settings) -> dict[str, dict[str, An
         "cache_policies": [settings.cache.policy],
         "learning_loops": settings.learning,
     }
-    return {kind: _select(registry, kind, names) for kind, names in wanted.items()}
+    device = kernels_device(settings.kernels, settings.device)
+    return {kind: _select(registry, kind, names, device) for kind, names in wanted.items()}
 
 
-def _select(registry: Registry, kind: str, wanted: list[str] | str) -> dict[str, Any]:
+def _select(registry: Registry, kind: str, wanted: list[str] | str, device: str) -> dict[str, Any]:
     entries = registry.entries(kind)
     names = [entry.name for entry in entries] if wanted == "auto" else wanted
     several = kind == "learning_loops"  # all that can run; everywhere else the first is taken
@@ -53,7 +55,7 @@ def _select(registry: Registry, kind: str, wanted: list[str] | str) -> dict[str,
         for name in names:
             if selected and not several:
                 lost[name] = f"{selected[0]} comes first"
-            elif reason := registry.entry(kind, name).reason():
+            elif reason := registry.entry(kind, name).reason(device):
                 lost[name] = reason
             else:
                 selected.append(name)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ruvllm_core import protocols as p
 from ruvllm_core.decode.kv import bytes_per_token
 from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError
 from ruvllm_core.log import get_logger
-from ruvllm_core.machine import available_memory
+from ruvllm_core.machine import available_memory, kernels_device
 from ruvllm_core.model.hub import resolve
 from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.spec import ModelSpec
@@ -105,13 +105,15 @@ def _choose_decoder(
     model: ModelFile, settings: Settings, registry: Registry, max_context: int
 ) -> tuple[p.Decoder, str, str]:
     """The first kernel provider that can run this model; why others could not is logged, or raised if asked for."""
-    options = p.DecoderOptions(settings.dtype, settings.device, settings.metal_device, settings.threads, max_context)
+    device = kernels_device(settings.kernels, settings.device)
+    common = p.DecoderOptions(settings.dtype, device, settings.metal_device, settings.threads, max_context)
     names = list(settings.kernels if settings.kernels != "auto" else [e.name for e in registry.entries("kernels")])
     reasons: list[str] = []
     for name in names:
-        registry.entry("kernels", name)  # a misspelt name is passed over by nobody
+        entry = registry.entry("kernels", name)  # a misspelt name is passed over by nobody
         try:
-            provider = registry.load("kernels", name)(options)
+            options = replace(common, plugin=registry.options(entry.plugin))
+            provider = registry.load("kernels", name, device)(options)
             decoder: p.Decoder | None = provider.decoder(model.spec, model.weights, options)
             if decoder is None:
                 # PyTorch is imported here, where it is needed, and not where a native decoder needs none.
@@ -122,7 +124,8 @@ def _choose_decoder(
             if len(names) == 1:
                 raise
             reason = str(error) if isinstance(error, RuvLLMError) else f"{type(error).__name__}: {error}"
-            _log.warning("kernels passed over", name=name, reason=reason)
+            report = _log.info if entry.reason(device) else _log.warning  # not being made for this machine is no fault
+            report("kernels passed over", name=name, reason=reason)
             reasons.append(f"{name}: {reason}")
             continue
         _log.info("kernels chosen", name=name, device=provider.device)
@@ -134,10 +137,8 @@ def _max_context(spec: ModelSpec, settings: Settings) -> int:
     """The longest sequence: as asked for, else the model's own limit, else what half of the memory can hold."""
     if settings.max_context is not None:
         if settings.max_context > spec.max_context:
-            raise ConfigError(
-                f"max_context {settings.max_context} is more than this model's {spec.max_context}",
-                hint="set max_context to the model's limit or less, or leave it out",
-            )
+            what = f"max_context {settings.max_context} is more than this model's {spec.max_context}"
+            raise ConfigError(what, hint="set max_context to the model's limit or less, or leave it out")
         return settings.max_context
     fits = available_memory() // 2 // bytes_per_token(spec, "f32")
     if fits >= spec.max_context:

@@ -6,11 +6,11 @@ import itertools
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from ruvllm_core.errors import RequestError, near
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ruvllm_core.protocols import Adapter
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+_StopString = Annotated[str, Field(min_length=1)]  # an empty one would stop at once
 
 
 class SamplingFields(BaseModel):
@@ -52,22 +53,10 @@ class SamplingFields(BaseModel):
     presence_penalty: float = Field(0.0, ge=-10.0, le=10.0)
     logit_bias: dict[int, float] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=0, lt=2**64)
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[_StopString, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = ()
     ignore_eos: bool = False
     logprobs: int | None = Field(None, ge=0, le=100)
     hidden_states: bool = False
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop_string(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not text for text in value):
-            raise ValueError("an empty stop string would stop at once")
-        return value
 
     @field_validator("logit_bias")
     @classmethod

@@ -85,12 +85,8 @@ def _wanted(
     texts = [name for name in names if re.fullmatch(_TEXT_FILES, name)]
     if tokenizer_only and model.file is None and any(name.startswith("tokenizer.") for name in texts):
         return texts, None
-    weights = [name for name in names if name == SINGLE_FILE]
-    if INDEX_FILE in names:
-        weights = [
-            INDEX_FILE,
-            *(name for name in names if re.fullmatch(r"(?!consolidated)[^/]*-of-[^/]*\.safetensors", name)),
-        ]
+    shards = [name for name in names if re.fullmatch(r"(?!consolidated)[^/]*-of-[^/]*\.safetensors", name)]
+    weights = [INDEX_FILE, *shards] if INDEX_FILE in names else [name for name in names if name == SINGLE_FILE]
     if model.file is None and "config.json" in texts and weights:
         return texts + weights, None
     gguf = choose_gguf(names, model.file, settings.quantization, model.text)

@@ -77,10 +77,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     if model == "gpt2":
         pre = metadata.get("tokenizer.ggml.pre", "default")
         if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-            raise TokenizerError(
-                f"{name}: unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre)",
-                hint=f"supported are {', '.join(PRE_TOKENIZERS)}",
-            )
+            what = f"{name}: unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre)"
+            raise TokenizerError(what, hint=f"supported are {', '.join(PRE_TOKENIZERS)}")
         codec = _byte_level(pieces, _array(metadata, "merges", name, kind=str), types, PRE_TOKENIZERS[pre], name)
         defaults: dict[str, int] = {}
         add_bos = PRE_TOKENIZERS[pre].add_bos
@@ -92,10 +90,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         defaults = {"bos": 1, "eos": 2}
         add_bos = True
     else:
-        raise TokenizerError(
-            f"{name}: unsupported tokenizer model {model!r} (tokenizer.ggml.model)",
-            hint="supported are gpt2 (byte-level BPE) and llama (SentencePiece BPE)",
-        )
+        what = f"{name}: unsupported tokenizer model {model!r} (tokenizer.ggml.model)"
+        raise TokenizerError(what, hint="supported are gpt2 (byte-level BPE) and llama (SentencePiece BPE)")
 
     def special(role: str) -> int | None:
         key = f"tokenizer.ggml.{role}_token_id"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ruvllm_core.errors import FormatError, ModelError, QuantizationError, near
 from ruvllm_core.log import get_logger
+from ruvllm_core.machine import usable_cpus
 from ruvllm_core.model.config_fields import Fields
 from ruvllm_core.model.dequant import count_non_finite
 from ruvllm_core.model.gguf import GGUFFile
@@ -46,6 +48,7 @@ class ModelFile:
         weights: tensors by canonical name (see `ruvllm_core.model.spec.llama_tensor_names`).
         sources: where each of them is found.
         file_bytes: size of all weight files.
+        metadata: of a GGUF file, until the first tokenizer has been made of it.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class ModelFile:
     weights: dict[str, QuantTensor]
     sources: Mapping[str, TensorSource]
     file_bytes: int
+    metadata: Mapping[str, Any] | None = None
 
     @property
     def scheme(self) -> str:
@@ -66,14 +70,17 @@ class ModelFile:
         """The tokenizer that comes with the model. Raises `TokenizerError` if it is missing or does not fit."""
         from ruvllm_core.model.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer.load(self.path)
+        metadata, self.metadata = self.metadata, None
+        tokenizer = Tokenizer.from_gguf(metadata, str(self.path)) if metadata else Tokenizer.load(self.path)
         tokenizer.check_vocab(self.spec.vocab_size)
         return tokenizer
 
     def check_finite(self) -> None:
         """Raise `FormatError` if a scale, or a value of a float tensor, is NaN or infinite. Reads all weights once."""
-        for name, tensor in self.weights.items():
-            if bad := count_non_finite(tensor):
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            counts = list(pool.map(count_non_finite, self.weights.values()))
+        for (name, tensor), bad in zip(self.weights.items(), counts, strict=True):
+            if bad:
                 what = f"tensor '{name}' ({tensor.scheme}) has {bad} values or scales NaN or infinite"
                 raise FormatError(f"{self.path}: {what}", hint=DAMAGED)
 
@@ -129,10 +136,8 @@ def open_gguf(path: Path) -> GGUFFile:
     with _naming(path):
         parts = Fields(file.metadata).integer("split.count", 1)
     if parts > 1:
-        raise ModelError(
-            f"{path} is one of {parts} parts of a split model, which cannot be read",
-            hint="join them with llama.cpp's `llama-gguf-split --merge`, or take an unsplit file",
-        )
+        what = f"{path} is one of {parts} parts of a split model, which cannot be read"
+        raise ModelError(what, hint="join them with llama.cpp's `llama-gguf-split --merge`, or take an unsplit file")
     return file
 
 
@@ -143,7 +148,7 @@ def _open_gguf(path: Path, registry: Registry) -> ModelFile:
         spec = family.spec_from_gguf(file.metadata, file.tensors.get)
     sources = family.tensor_names(spec)
     weights = _map(path, sources, "gguf", file.tensors)
-    return ModelFile(path, spec, weights, sources, path.stat().st_size)
+    return ModelFile(path, spec, weights, sources, path.stat().st_size, file.metadata)
 
 
 def _open_folder(path: Path, registry: Registry) -> ModelFile:
@@ -203,10 +208,8 @@ def _map(
             raise FormatError(f"{path}: the tensor '{name}' is missing", hint=hint)
         found[name] = tensors[name]
         if found[name].shape != shape:
-            raise FormatError(
-                f"{path}: the tensor '{name}' should have the shape {shape}, found {found[name].shape}",
-                hint=f"the configuration is of another model, or {_VARIANT}",
-            )
+            what = f"{path}: the tensor '{name}' should have the shape {shape}, found {found[name].shape}"
+            raise FormatError(what, hint=f"the configuration is of another model, or {_VARIANT}")
     for name in tensors:
         if name in expected or _DERIVED.search(name):
             continue

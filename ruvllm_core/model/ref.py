@@ -95,10 +95,8 @@ def choose_gguf(files: Sequence[str], wanted: str | None, quantization: str | No
         raise ModelError(f"{where} has several GGUF files: {', '.join(ggufs)}", hint=hint)
     chosen = candidates[0]
     if _SPLIT_PART.search(chosen):
-        raise ModelError(
-            f"{chosen} of {where} is one part of a split GGUF file, which cannot be read",
-            hint="name a file that is not split, or join the parts with llama-gguf-split --merge",
-        )
+        what = f"{chosen} of {where} is one part of a split GGUF file, which cannot be read"
+        raise ModelError(what, hint="name a file that is not split, or join the parts with llama-gguf-split --merge")
     return chosen
 
 
@@ -121,15 +119,11 @@ def resolve_local(path: Path, quantization: str | None, *, tokenizer_only: bool 
         return path / gguf
     pickles = [name for name in names if name.endswith(PICKLES)]
     if has_config and pickles:
-        raise ModelError(
-            f"{path} has only pickled weights ({pickles[0]}), which can run code when they are read",
-            hint="convert them to safetensors or GGUF",
-        )
+        what = f"{path} has only pickled weights ({pickles[0]}), which can run code when they are read"
+        raise ModelError(what, hint="convert them to safetensors or GGUF")
     lacks = "no *.safetensors" if has_config else "no config.json"
-    raise ModelNotFound(
-        f"the folder {path} holds no model: it has {lacks} and no .gguf file",
-        hint="it has: " + (", ".join(names[:8]) or "nothing") + (" …" if len(names) > 8 else ""),
-    )
+    what = f"the folder {path} holds no model: it has {lacks} and no .gguf file"
+    raise ModelNotFound(what, hint="it has: " + (", ".join(names[:8]) or "nothing") + (" …" if len(names) > 8 else ""))
 
 
 def names_quantization(name: str, quantization: str) -> bool:

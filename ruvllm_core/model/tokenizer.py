@@ -136,7 +136,5 @@ class Tokenizer:
     def check_vocab(self, vocab_size: int) -> None:
         """Raise `TokenizerError` if a model with `vocab_size` embeddings has none for some of the tokens."""
         if self.vocab_size > vocab_size:
-            raise TokenizerError(
-                f"{self.name}: the tokenizer has {self.vocab_size} tokens, the model embeds only {vocab_size}",
-                hint="the tokenizer belongs to another model; take both from one source",
-            )
+            what = f"{self.name}: the tokenizer has {self.vocab_size} tokens, the model embeds only {vocab_size}"
+            raise TokenizerError(what, hint="the tokenizer belongs to another model; take both from one source")

@@ -265,8 +265,8 @@ def test_selection_names_winner_and_losers(install, ruvllm, monkeypatch: pytest.
         @hookimpl
         def kernels():
             return [
-                Offer("fastest", "a:b", probe=lambda: "no such device", priority=9),
-                Offer("fast", "a:b", priority=5),
+                Offer("fastest", "a:b", probe=lambda: "no such device", priority=99),
+                Offer("fast", "a:b", priority=98),
             ]
 
         @hookimpl

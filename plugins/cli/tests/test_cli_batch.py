@@ -152,7 +152,7 @@ def test_an_error_in_mid_stream_is_an_error(ruvllm, tiny: Path, monkeypatch) -> 
         return forward(self, batch)
 
     monkeypatch.setattr(EagerDecoder, "forward", failing)
-    result = ruvllm("run", tiny, "x", "--ignore-eos", "--json")
+    result = ruvllm("run", tiny, "x", "--ignore-eos", "--json", "--kernels", "torch")
     assert (result.code, result.out) == (1, "")
     assert result.err.endswith("error: the device is gone\n")
 

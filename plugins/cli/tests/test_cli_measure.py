@@ -25,6 +25,12 @@ TEXT = (
 )
 
 
+@pytest.fixture(autouse=True)
+def exact(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracles compute in float32: so do PyTorch's kernels, while others may round."""
+    monkeypatch.setenv("RUVLLM_KERNELS", "torch")
+
+
 def test_tokenize_prints_ids_without_weights(ruvllm, tiny: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -159,7 +165,7 @@ def test_bench_computes_what_it_says(tiny: Path, monkeypatch: pytest.MonkeyPatch
     import torch
     import transformers
 
-    settings = Settings(model=str(tiny), max_context=40)
+    settings = Settings(kernels=["torch"], model=str(tiny), max_context=40)
     registry = Registry.discover(settings)
     parts = load_parts(settings, registry)
     batches = []

@@ -131,7 +131,7 @@ def test_logprobs_and_seed(ruvllm, tiny: Path) -> None:
         (["smollm2", "x", "--min-p", "1"], 1, ["sampling.min_p"]),
         (["smollm2", "x", "--max-tokens", "0"], 1, ["sampling.max_tokens"]),
         (["smollm2", "x", "--seed", "-1"], 1, ["sampling.seed"]),
-        (["smollm2", "x", "--stop", ""], 1, ["sampling.stop", "empty stop string"]),
+        (["smollm2", "x", "--stop", ""], 1, ["sampling.stop", "at least 1 character"]),
         (["smollm2", "x", "--logit-bias", "1=nan"], 1, ["sampling.logit_bias"]),
         (["smollm2", "x", "--logit-bias", "word=1"], 2, ["ID=BIAS"]),
         (["smollm2", "x", "--max-tokens", "many"], 2, ["--max-tokens", "many"]),

@@ -78,5 +78,14 @@ struct RvBatch {
     const RvDelta* deltas;
 };
 
+// Of one operation; each uses the fields it needs. Segments given to operations have the pointers of one layer only.
+struct RvShape {
+    int32_t heads, kv_heads, head_dim, rope_dim, rope_interleaved, unused;
+    int64_t window;        // 0: none
+    float scale, softcap;  // a cap of 0 is none
+};
+
 struct RvDecoder;
+struct RvOps;
+struct RvWeight;
 }

@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int64_t kTasksPerThread = 4;  // so that a thread whose core is taken away holds nobody up for long
-constexpr int64_t kSmallTokens = 8;     // fewer are not worth waking threads for
 constexpr int64_t kSplitKeys = 512;     // keys of one task where tokens are few, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
@@ -31,10 +29,15 @@ RvDecoder::RvDecoder(const RvModel& description, const Kernels& table, int threa
     const int64_t cols = std::max(model_.hidden, std::max(model_.inner, model_.heads * model_.head_dim));
     const int64_t floats = std::max(matmul_scratch(cols) / 4, attention_scratch(model_));
     scratch_.assign((size_t)threads, std::vector<float>((size_t)floats));
-    pack();
+    std::vector<Matrix*> all;
+    for (Layer& layer : layers_)
+        for (Matrix& w : layer.sites) all.push_back(&w);
+    all.push_back(&head_);
+    packed_ = pack(all);
 }
 
-void RvDecoder::pack() {
+// Fills in the panels of quantized matrices; returns the memory they are in.
+std::unique_ptr<Pages> RvDecoder::pack(const std::vector<Matrix*>& matrices) {
     std::vector<std::pair<Matrix*, size_t>> found;
     size_t total = 0;
     const auto plan = [&](Matrix& w) {
@@ -45,12 +48,10 @@ void RvDecoder::pack() {
         found.emplace_back(&w, total);
         total += (size_t)(w.panel_bytes * ((w.source.rows + kPanelRows - 1) / kPanelRows));
     };
-    for (Layer& layer : layers_)
-        for (Matrix& w : layer.sites) plan(w);
-    plan(head_);
-    packed_ = std::make_unique<Pages>(total);
+    for (Matrix* w : matrices) plan(*w);
+    auto pages = std::make_unique<Pages>(total);
     for (const auto& [w, at] : found) {
-        w->panels = packed_->data() + at;
+        w->panels = pages->data() + at;
         const RvMatrix& source = w->source;
         const int64_t panels = (source.rows + kPanelRows - 1) / kPanelRows;
         const int64_t tasks = std::min(panels, pool_.threads() * kTasksPerThread);
@@ -59,31 +60,7 @@ void RvDecoder::pack() {
         });
         if (source.mapped) release_mapped(source.data, (size_t)(source.rows * source.row_bytes));
     }
-}
-
-template <class F> void RvDecoder::each_token(int64_t count, F&& body) {
-    if (count < kSmallTokens) {
-        for (int64_t t = 0; t < count; t++) body(t);
-        return;
-    }
-    const int64_t tasks = std::min(count, pool_.threads() * kTasksPerThread);
-    pool_.run(tasks, [&](int64_t task, int) {
-        for (int64_t t = count * task / tasks; t < count * (task + 1) / tasks; t++) body(t);
-    });
-}
-
-// before(t) for every token, and then the quantization of its tile.
-template <class F> void RvDecoder::each_tile(const Activations& x, F&& before) {
-    const int64_t tile = kernels_.tile;
-    const auto one = [&](int64_t t) {
-        for (int64_t i = t; i < std::min(t + tile, x.count); i++) before(i);
-        if (x.q) kernels_.quantize(x, t, tile_width(x.count, t, tile));
-    };
-    if (x.count < kSmallTokens) {
-        for (int64_t t = 0; t < x.count; t += tile) one(t);
-        return;
-    }
-    pool_.run((x.count + tile - 1) / tile, [&](int64_t task, int) { one(task * tile); });
+    return pages;
 }
 
 Activations RvDecoder::describe(const float* x, int64_t count, int64_t cols, bool quantized) {

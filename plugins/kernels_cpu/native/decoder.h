@@ -1,5 +1,6 @@
 // A model that is ready to run: its description, its packed weights, its threads, and the memory that steps need.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <vector>
 #include "kernels.h"
@@ -18,13 +19,16 @@ template <class T> class Buffer {
     std::vector<T> values_;
 };
 
+constexpr int64_t kTasksPerThread = 4;  // so that a thread whose core is taken away holds nobody up for long
+constexpr int64_t kSmallTokens = 8;     // fewer are not worth waking threads for
+
 struct RvDecoder {
     RvDecoder(const RvModel& description, const Kernels& table, int threads);
 
     void forward(const RvBatch& batch, float* hidden);
     void logits(const float* hidden, int64_t count, float* out);
 
-  private:
+  protected:
     struct Layer {
         RvLayer source;
         Matrix sites[RV_SITES];
@@ -34,7 +38,7 @@ struct RvDecoder {
         float* out;
         int64_t stride;
     };
-    void pack();
+    std::unique_ptr<Pages> pack(const std::vector<Matrix*>& matrices);
     template <class F> void each_token(int64_t count, F&& body);
     template <class F> void each_tile(const Activations& x, F&& before);
     Activations describe(const float* x, int64_t count, int64_t cols, bool quantized);
@@ -56,3 +60,28 @@ struct RvDecoder {
     Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, delta_, partial_;
     Buffer<int8_t> bytes_;
 };
+
+template <class F> void RvDecoder::each_token(int64_t count, F&& body) {
+    if (count < kSmallTokens) {
+        for (int64_t t = 0; t < count; t++) body(t);
+        return;
+    }
+    const int64_t tasks = std::min(count, pool_.threads() * kTasksPerThread);
+    pool_.run(tasks, [&](int64_t task, int) {
+        for (int64_t t = count * task / tasks; t < count * (task + 1) / tasks; t++) body(t);
+    });
+}
+
+// before(t) for every token, and then the quantization of its tile.
+template <class F> void RvDecoder::each_tile(const Activations& x, F&& before) {
+    const int64_t tile = kernels_.tile;
+    const auto one = [&](int64_t t) {
+        for (int64_t i = t; i < std::min(t + tile, x.count); i++) before(i);
+        if (x.q) kernels_.quantize(x, t, tile_width(x.count, t, tile));
+    };
+    if (x.count < kSmallTokens) {
+        for (int64_t t = 0; t < x.count; t += tile) one(t);
+        return;
+    }
+    pool_.run((x.count + tile - 1) / tile, [&](int64_t task, int) { one(task * tile); });
+}

@@ -13,8 +13,6 @@ import pytest
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.errors import ConfigError, GenerationError, ModelError, PluginError
 from ruvllm_core.protocols import Adapter, DecoderOptions, LowRank
-from ruvllm_core.registry import Registry
-from ruvllm_core.settings import Settings
 from ruvllm_core.testing import tiny
 from ruvllm_kernels_cpu import hooks, library
 from ruvllm_kernels_cpu.decoder import CpuDecoder
@@ -154,14 +152,6 @@ def test_without_the_library_the_probe_says_so(monkeypatch: pytest.MonkeyPatch) 
             CpuKernels(OPTIONS)
     finally:
         library.load.cache_clear()
-
-
-def test_it_is_there_by_name_and_comes_after_pytorch() -> None:
-    registry = Registry(Settings())
-    registry.register(hooks, "kernels_cpu", library.DISTRIBUTION, "0.1.0")
-    assert not registry.quarantined
-    assert registry.load("kernels", "cpu") is CpuKernels
-    assert [entry.name for entry in registry.entries("kernels")][-1] == "cpu"
 
 
 _ALONE = """

@@ -24,7 +24,10 @@ KERNELS = ["neon", "processor", "products_plain", *LEVELS]
 PROGRAMS = {
     "check_kernels": [CHECKS / f"check_{name}.cpp" for name in ("kernels", "products", "quantize", "elementwise")]
     + [CHECKS / "check_attention.cpp"],
-    "run_model": [CHECKS / "run_model.cpp", *(CPU / f"{n}.cpp" for n in ("abi", "decoder", "pool", "memory", "isa"))],
+    "run_model": [
+        CHECKS / "run_model.cpp",
+        *(CPU / f"{n}.cpp" for n in ("abi", "decoder", "ops", "pool", "memory", "isa")),
+    ],
 }
 COMMON = [*(NEON / f"{name}.cpp" for name in KERNELS), CPU / "kernels_generic.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-function", "-fno-math-errno"]

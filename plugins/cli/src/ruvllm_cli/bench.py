@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ class Workload:
         prefill, decode: tokens of each sequence that are computed at once, and then one by one.
         depth: tokens of each sequence that are in the cache before.
         sequences: how many run side by side.
-        repeats: measurements; the medians count. One more, of at most 32 tokens, warms up.
+        repeats: measurements, the medians of which count.
     """
 
     prefill: int = 128
@@ -46,16 +47,9 @@ class Workload:
 def measure(parts: Parts, work: Workload, chunk: int) -> dict[str, Any]:
     """Tokens a second, all sequences together: medians as ``prefill_tok_s`` and ``decode_tok_s``, and every run.
 
-    A decode step ends with the likeliest token of each sequence, which the next step begins with. `chunk` is the most
-    tokens computed at once. Raises `RequestError` if the sequences do not fit into the context.
+    ``kv_bytes`` is what keys and values of the whole context take. See `Runner` for the rest.
     """
-    if work.capacity > parts.info.max_context:
-        raise RequestError(
-            f"depth, prefill and decode are {work.capacity} tokens, the context holds {parts.info.max_context}",
-            hint="measure fewer, or raise max_context if the model allows it",
-        )
-    runner = _Runner(parts, work, chunk)
-    runner.run(min(work.prefill, 32), min(work.decode, 2))
+    runner = Runner(parts, work, chunk)
     runs = [runner.run(work.prefill, work.decode) for _ in range(work.repeats)]
     prefill = [work.sequences * work.prefill / seconds for seconds, _ in runs]
     decode = [work.sequences * work.decode / seconds for _, seconds in runs]
@@ -64,6 +58,7 @@ def measure(parts: Parts, work: Workload, chunk: int) -> dict[str, Any]:
         "decode_tok_s": median(decode),
         "prefill_tok_s_runs": prefill,
         "decode_tok_s_runs": decode,
+        "kv_bytes": runner.kv_bytes,
     }
 
 
@@ -73,16 +68,31 @@ def peak_rss_mb() -> float:
         import psutil
 
         return float(psutil.Process().memory_info().peak_wset / 2**20)
+    if (status := Path("/proc/self/status")).exists():  # `getrusage` may count what our parent had when it made us
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-class _Runner:
-    """Sequences that hold `depth` tokens, and go back to that after every run."""
+class Runner:
+    """Sequences that hold `depth` tokens of a `Workload`, and go back to that after every run.
+
+    A decode step ends with the likeliest token of each sequence, which the next step begins with. `chunk` is the most
+    tokens computed at once. A short first run warms up. Raises `RequestError` if the sequences do not fit into the
+    context.
+
+    Attributes:
+        kv_bytes: what keys and values of the whole context take.
+    """
 
     def __init__(self, parts: Parts, work: Workload, chunk: int) -> None:
+        if work.capacity > parts.info.max_context:
+            raise RequestError(
+                f"depth, prefill and decode are {work.capacity} tokens, the context holds {parts.info.max_context}",
+                hint="measure fewer, or raise max_context if the model allows it",
+            )
         self._spec, self._decoder, self._chunk = parts.model.spec, parts.decoder, chunk
         self._depth = work.depth
         self._cache = parts.new_cache(work.sequences)
@@ -93,6 +103,8 @@ class _Runner:
         for name, prompt in zip(self._names, self._prompts, strict=True):
             self._cache.open(name, prompt.tolist(), work.capacity)
             self._compute(name, prompt, 0, work.depth)
+        self.kv_bytes = self._cache.stats().allocated_bytes
+        self.run(min(work.prefill, 32), min(work.decode, 2))
 
     def run(self, prefill: int, decode: int) -> tuple[float, float]:
         """Seconds for `prefill` tokens of every sequence, and then for `decode` steps."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import closing
+from typing import Any
 
 import click
 
 from ruvllm_cli.options import model_options
-from ruvllm_core.cli.app import App, pass_app
+from ruvllm_core.cli.app import App, pass_app, setting
 from ruvllm_core.cli.output import print_json, print_table
 
 
@@ -25,21 +26,22 @@ def command() -> None:
 @click.option("--depth", type=click.IntRange(0), default=0, show_default=True, help="Tokens in the cache before.")
 @click.option("--sequences", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Medians of as many runs.")
+@click.option("--first-token", "start", is_flag=True, help="Time also `ruvllm run`, from its start to its first token.")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
 @pass_app
-def end_to_end(
-    app: App, model: str, prefill: int, decode: int, depth: int, sequences: int, repeats: int, as_json: bool
-) -> None:
+def end_to_end(app: App, /, model: str, start: bool, as_json: bool, **sizes: int) -> None:
     """Measure the whole of MODEL: loading it, reading a prompt, and generating.
 
     Token ids are arbitrary and the likeliest token is taken, so that sampling and text take no time. Speeds are in
-    tokens a second over all sequences; peak_rss_mb is in MiB and counts the mapped model file.
+    tokens a second over all sequences; peak_rss_mb is in MiB and counts the mapped model file; kv_bytes is what keys
+    and values of the whole context take.
     """
     from ruvllm_cli.bench import Workload, measure, peak_rss_mb
 
-    work = Workload(prefill, decode, depth, sequences, repeats)
+    work = Workload(**sizes)
     app.set("model", model)
+    started = _first_token(app, model, work.repeats) if start else {}
     if app.settings.max_context is None:
         app.set("max_context", work.capacity)
     from ruvllm_core.generate.load import load_parts
@@ -54,10 +56,72 @@ def end_to_end(
             **vars(work),
             **measure(parts, work, settings.prefill_chunk),
             "peak_rss_mb": peak_rss_mb(),
+            **started,
         }
     if not as_json:
         print_table("bench e2e", ("what", "value"), [(key, _shown(value)) for key, value in result.items()])
     print_json({"benchmark": "e2e", **result})
+
+
+@command.command("attention")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME", help="Heads of a model; may be repeated.")
+@click.option("--prompt", "prompts", multiple=True, type=click.IntRange(1), help="Queries; may be repeated.")
+@click.option("--depth", "depths", multiple=True, type=click.IntRange(0), help="Tokens before; may be repeated.")
+@click.option("--kv", type=click.Choice(("f32", "f16", "bf16")), default="f32", show_default=True, help="Of the cache.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Medians of as many runs.")
+@setting("kernels", "--kernels", metavar="NAMES", help="Kernel providers, measured in turn; auto is the first.")
+@setting("threads", "--threads", type=int, help="CPU threads; 0 follows the machine.")
+@setting("device", "--device", help="auto, cpu, cuda, cuda:N or mps.")
+@setting("dtype", "--dtype", help="Of queries: auto (float32), float32, bfloat16 or float16.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
+@pass_app
+def attention(
+    app: App, /, shapes: tuple[str, ...], prompts: tuple[int, ...], depths: tuple[int, ...], as_json: bool, **more: Any
+) -> None:
+    """Measure attention alone: the operation of a kernel provider, on random queries, keys and values.
+
+    Without --shape all head shapes are measured: smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, llama-3-8b,
+    mistral-7b and phi-3-mini; without --prompt 1 and 256 queries, and without --depth 0 and 2048 tokens before them.
+    Two products a query and key are counted for gflop_s; kv_gb_s is the speed at which keys and values are read once.
+    A provider without an attention operation of its own is an error.
+    """
+    from ruvllm_cli.bench_attention import SHAPES, measure, open_side
+    from ruvllm_core.protocols import DecoderOptions
+
+    settings = app.settings
+    names = [e.name for e in app.registry.entries("kernels")][:1] if settings.kernels == "auto" else settings.kernels
+    options = DecoderOptions(settings.dtype, settings.device, settings.metal_device, settings.threads)
+    sides = [open_side(name, app.registry, options) for name in names]
+    import torch
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    scheme = {"bfloat16": "bf16", "float16": "f16"}.get(settings.dtype, "f32")
+    rows = list(measure(sides, shapes or tuple(SHAPES), prompts or (1, 256), depths or (0, 2048), dtype=scheme, **more))
+    operations = {side.kernels: f"{side.name} on {side.device}" for side in sides}
+    threads = settings.threads or torch.get_num_threads()
+    if not as_json:
+        title = "bench attention: " + ", ".join(f"{name} is {op}" for name, op in operations.items())
+        print_table(title, list(rows[0]), [[_shown(value) for value in row.values()] for row in rows])
+    head = {"operations": operations, "threads": threads, "dtype": scheme, **more}
+    print_json({"benchmark": "attention", **head, "results": rows})
+
+
+def _first_token(app: App, model: str, repeats: int) -> dict[str, Any]:
+    """The settings of this call reach the other process as they reached this one: in a file, and as options."""
+    from ruvllm_cli.bench_start import first_token
+
+    environment = {**os.environ, **dict(_variables(app.flags, "RUVLLM"))}
+    options = ["--config", str(app.config)] if app.config else []
+    return first_token(model, options, repeats=repeats, environment=environment)
+
+
+def _variables(flags: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+    found = []
+    for name, value in flags.items():
+        key = f"{prefix}{'_' if prefix == 'RUVLLM' else '__'}{name.upper()}"
+        found += _variables(value, key) if isinstance(value, dict) else [(key, str(value))]
+    return found
 
 
 def _threads() -> int | None:

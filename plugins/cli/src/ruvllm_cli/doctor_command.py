@@ -72,7 +72,9 @@ def command(app: App, no_gpu: bool, as_json: bool) -> None:
 
 def _sources(app: App) -> list[dict[str, Any]]:
     """Every setting: name, value, and where it comes from (``flag``, ``environment``, the file, ``default``)."""
-    variables = [name.upper() for name in os.environ]
+    variables = {name.upper() for name in os.environ}
+    if variables & {name for name, *_ in app.registry.variables}:  # a variable of a plugin's own
+        variables.add(ENV_PREFIX + "PLUGINS")
     rows = []
     for name, value in app.settings.model_dump(mode="json").items():
         own = (ENV_PREFIX + name).upper()

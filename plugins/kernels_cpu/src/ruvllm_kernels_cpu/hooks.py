@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ruvllm_core.hookspecs import Offer, hookimpl
+from ruvllm_kernels_cpu.settings import CpuSettings
 
 RUVLLM_API_VERSION = 1
+Settings = CpuSettings
+ENVIRONMENT = {"RUVLLM_CPU_ISA": "isa"}
 
 
 def probe() -> str | None:
@@ -17,5 +20,5 @@ def probe() -> str | None:
 @hookimpl
 def kernels() -> list[Offer]:
     about = "a whole step in C++ on the CPU, straight from quantized weights"
-    # Below PyTorch: chosen by name, until it has met the speed of its peers.
-    return [Offer("cpu", "ruvllm_kernels_cpu.provider:CpuKernels", about, probe, priority=-10)]
+    # Before PyTorch, which has 0: on a machine with a GPU, `auto` looks for kernels that run there.
+    return [Offer("cpu", "ruvllm_kernels_cpu.provider:CpuKernels", about, probe, priority=10, devices=("cpu",))]

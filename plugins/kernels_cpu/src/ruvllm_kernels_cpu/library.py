@@ -57,6 +57,8 @@ def load() -> ctypes.CDLL:
 
 def kernels(isa: str) -> ctypes.c_void_p:
     """The table of kernels that `isa` (one of `ISAS`) selects. Raises `ConfigError` if the processor lacks it."""
+    if isa.startswith("neon"):
+        raise ConfigError(f"isa {isa}: kernels cpu have no NEON code", hint="use kernels neon, of ruvllm-kernels-neon")
     if isa not in ISAS:
         raise ConfigError(f"isa {isa!r} is none of {', '.join(ISAS)}")
     found = load().rv_kernels(isa.encode())
