@@ -7,13 +7,13 @@ import pytest
 from ruvllm_core.errors import ConfigError
 from ruvllm_core.protocols import DecoderOptions, KernelProvider
 from ruvllm_core.testing import KernelSuite
-from ruvllm_kernels_cpu.library import pick_isa
+from ruvllm_kernels_cpu.library import kernels
 from ruvllm_kernels_cpu.provider import CpuKernels
 
 
 def _lacks(isa: str) -> bool:
     try:
-        pick_isa(isa)
+        kernels(isa)
     except ConfigError:
         return True
     return False
@@ -21,9 +21,8 @@ def _lacks(isa: str) -> bool:
 
 class TestGeneric(KernelSuite):
     isa = "generic"
-    # Activations are rounded to 8 bits, and the suite's sharp attention turns a rounding into another choice of key:
-    # up to 0.095 was seen. What one product costs, test_products.py holds to 1e-5 of its rounded input.
-    quantized_tolerance = 0.12
+    # Activations are rounded to 16 bits, and the suite's sharp attention magnifies what is lost.
+    quantized_tolerance = 2e-3
 
     def make_provider(self, options: DecoderOptions) -> KernelProvider:
         return CpuKernels(options, isa=self.isa)

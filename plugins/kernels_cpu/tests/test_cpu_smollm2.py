@@ -57,10 +57,10 @@ def log_probabilities(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64
 
 @pytest.fixture(scope="module")
 def answers(registry: Registry) -> Iterator[dict[str, Any]]:
-    params = GenerateParams(max_tokens=12, temperature=0.0)
+    params = GenerateParams(max_tokens=32, temperature=0.0)
     made = {}
     for name in ("torch", "cpu"):
-        settings = Settings(kernels=[name], threads=1)
+        settings = Settings(kernels=[name], threads=1, dtype="float32")
         engine = Engine.load("smollm2", settings=settings, registry=registry, config=ModelConfig(max_context=512))
         assert engine.info.kernels == name
         made[name] = engine, [engine.generate(prompt, params) for prompt in PROMPTS]
@@ -69,10 +69,14 @@ def answers(registry: Registry) -> Iterator[dict[str, Any]]:
         engine.close()
 
 
-def test_text_over_the_whole_of_it(registry: Registry) -> None:
-    """What rounding activations to 8 bits costs, at once and in pieces: bounds are twice what was measured.
+@pytest.mark.parametrize(("bits", "loss_off", "nats", "agreeing"), [(16, 0.001, 1e-5, 0.99), (8, 0.02, 0.006, 0.92)])
+def test_text_over_the_whole_of_it(
+    registry: Registry, bits: int, loss_off: float, nats: float, agreeing: float
+) -> None:
+    """What rounding activations costs, at once and in pieces.
 
-    158 tokens are few: one close call is half a percent of the first choices, and perplexity moves by a percent.
+    With 8 bits it is what was measured, doubled: 158 tokens are few, and one close call is half a percent of the first
+    choices.
     """
     with closing(open_model(resolve("smollm2", Settings()), registry)) as model:
         tokens = model.tokenizer().encode(TEXT)
@@ -81,7 +85,8 @@ def test_text_over_the_whole_of_it(registry: Registry) -> None:
         reference = EagerDecoder(spec, model.weights, TorchKernels(options), options)
         expected = log_probabilities(whole(reference, tokens, 512))
         reference.close()
-        decoder = CpuKernels(options).decoder(spec, model.weights, options)
+        decoder = CpuKernels(options, activation_bits=bits).decoder(spec, model.weights, options)
+        assert decoder is not None
         at_once = log_probabilities(whole(decoder, tokens, 512))
         feeder = Feeder(decoder)
         feeder.open("s", tokens, 512)
@@ -92,26 +97,13 @@ def test_text_over_the_whole_of_it(registry: Registry) -> None:
     assert len(tokens) > 150
     losses = [-found[at, following].mean() for found in (expected, at_once, in_pieces)]
     for loss, found in zip(losses[1:], (at_once, in_pieces), strict=True):
-        assert abs(np.expm1(loss - losses[0])) < 0.02, f"perplexities {np.exp(losses)}"
+        assert abs(np.expm1(loss - losses[0])) < loss_off, f"perplexities {np.exp(losses)}"
         divergence = (np.exp(expected) * (expected - found)).sum(-1).mean()
-        assert divergence < 0.006, f"{divergence:.4f} nats"
+        assert divergence < nats, f"{divergence:.2g} nats"
         agreement = (found.argmax(-1) == expected.argmax(-1)).mean()
-        assert agreement >= 0.92, f"the first choice agrees at {agreement:.1%}"
-        assert np.abs(np.exp(found) - np.exp(expected)).max() < 0.15
+        assert agreement >= agreeing, f"the first choice agrees at {agreement:.1%}"
 
 
-def test_generation_differs_only_where_two_tokens_are_close(answers: Any) -> None:
-    """The same greedy answers up to a token that both find almost as likely as the other's."""
-    reference, expected = answers["torch"]
-    for prompt, mine, theirs in zip(PROMPTS, answers["cpu"][1], expected, strict=True):
-        pairs = zip(mine.token_ids, theirs.token_ids, strict=False)
-        split = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-        if split is None:
-            assert mine.token_ids == theirs.token_ids
-            continue
-        start = [*reference.encode_prompt(prompt), *theirs.token_ids[:split]]
-        chances = [reference.score([*start, one.token_ids[split]])[-1] for one in (mine, theirs)]
-        assert abs(chances[0] - chances[1]) < 0.3, f"{prompt!r}: token {split}, log probabilities {chances}"
-    assert any(
-        mine.token_ids[:8] == theirs.token_ids[:8] for mine, theirs in zip(answers["cpu"][1], expected, strict=True)
-    )
+def test_greedy_answers_are_those_of_float32(answers: Any) -> None:
+    for mine, theirs in zip(answers["cpu"][1], answers["torch"][1], strict=True):
+        assert mine.token_ids == theirs.token_ids

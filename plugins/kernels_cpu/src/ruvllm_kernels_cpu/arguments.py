@@ -17,7 +17,11 @@ from ruvllm_core.protocols import FloatArray
 from ruvllm_kernels_cpu import abi
 
 #: How keys and values may be stored: the C library's number for it, and the type of the arrays (bf16 as bare bits).
-KV_TYPES = {"f32": (0, np.dtype(np.float32)), "f16": (1, np.dtype(np.float16)), "bf16": (2, np.dtype(np.uint16))}
+KV_TYPES: dict[str, tuple[int, np.dtype[Any]]] = {
+    "f32": (0, np.dtype(np.float32)),
+    "f16": (1, np.dtype(np.float16)),
+    "bf16": (2, np.dtype(np.uint16)),
+}
 
 
 def convert(

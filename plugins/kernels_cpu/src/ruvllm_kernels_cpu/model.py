@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from ruvllm_core.model.quant import SCHEMES, QuantTensor
 from ruvllm_core.model.spec import ModelSpec, llama_tensor_names
 from ruvllm_core.protocols import Weights
 from ruvllm_kernels_cpu import abi
+from ruvllm_kernels_cpu.mapping import mapping_under
 
 
 def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[abi.Model, list[Any]]:
@@ -50,7 +50,7 @@ def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[a
             cols=found.columns,
             row_bytes=data.shape[1],
             scheme=SCHEMES[found.scheme].ggml_type,
-            mapped=_is_mapped(data),
+            mapped=mapping_under(data) is not None,
         )
 
     layers = (abi.Layer * spec.num_layers)()
@@ -84,15 +84,3 @@ def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[a
         layer=ctypes.cast(layers, ctypes.POINTER(abi.Layer)),
     )
     return model, owners
-
-
-def _is_mapped(data: Any) -> bool:
-    """Whether an array lies in a read-only mapping of a file: only then may its pages be dropped and read again."""
-    base = data
-    while isinstance(base, np.ndarray):
-        if base.flags.writeable:
-            return False
-        base = base.base
-    while isinstance(base, memoryview):
-        base = base.obj
-    return isinstance(base, mmap.mmap)
