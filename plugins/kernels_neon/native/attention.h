@@ -1,5 +1,5 @@
-// Flash attention (arXiv 2205.14135, 2307.08691): a tile of one sequence's tokens, all query heads of one key/value head
-// together as the rows of small matrix products, walks the keys of every segment once with an online softmax.
+// Flash attention (arXiv 2205.14135, 2307.08691): a tile of one sequence's tokens, all query heads of one key/value
+// head together as the rows of small matrix products, walks the keys of every segment once with an online softmax.
 #pragma once
 #include "dot.h"
 #include "kernels.h"

@@ -10,7 +10,8 @@ struct Bytes {
 
     // See bytes_plain.h.
     template <bool, int NT, int QUADS, bool FINE>
-    static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+    __attribute__((always_inline)) static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r,
+                                                          int32x4_t sums[2][NT]) {
         int32x4_t coarse[2][NT] = {}, rest[2][NT] = {};
         constexpr int held = 4 / NT;  // quads of all tokens in a register
         repeat<QUADS / held>([&](auto part) __attribute__((always_inline)) {

@@ -22,7 +22,8 @@ struct Bytes {
 
     // See bytes_plain.h; w as arranged above.
     template <bool, int NT, int QUADS, bool FINE>
-    static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r, int32x4_t sums[2][NT]) {
+    __attribute__((always_inline)) static inline void dot(const int8x16_t* w, const int8_t* q, const int8_t* r,
+                                                          int32x4_t sums[2][NT]) {
         if constexpr (NT == 1) {
             int32x4_t both[4] = {};  // of each row: with q, with r
             for (int o = 0; o < QUADS / 2; o++) {

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kHalfRows = kPanelRows / 2;
 
-// Quads i = 0 ... 7 of a cell as signed bytes, [quad][2 registers][4 rows][4 columns]. A fixed offset is taken off here:
-// the products then need no minimum, and nothing cancels.
+// Quads i = 0 ... 7 of a cell as signed bytes, [quad][2 registers][4 rows][4 columns]. A fixed offset is taken off
+// here: the products then need no minimum, and nothing cancels.
 template <int32_t S> static inline void half_cell(const uint8_t* cell, int half, int8x16_t w[16]) {
     using P = Packed<S>;
     for (int j = 0; j < 2; j++) {

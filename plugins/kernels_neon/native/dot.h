@@ -42,7 +42,8 @@ static inline void dot4x4(const uint8_t* rows, int64_t row_bytes, const float* x
 static inline void axpy(float a, const float* x, float* y, int64_t n) {
     int64_t k = 0;
     for (; k + 16 <= n; k += 16)
-        for (int i = 0; i < 16; i += 4) vst1q_f32(y + k + i, vfmaq_n_f32(vld1q_f32(y + k + i), vld1q_f32(x + k + i), a));
+        for (int64_t i = k; i < k + 16; i += 4)
+            vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(x + i), a));
     for (; k < n; k++) y[k] += a * x[k];
 }
 

@@ -4,6 +4,8 @@
 
 enum : int32_t { kPlainLevel, kDotprodLevel, kI8mmLevel, kLevels };
 
+constexpr int64_t kTokens = 4;  // of a tile, at every level
+
 // The two belong together: they share a layout of the bytes.
 struct Level {
     void (*quantize)(const Activations& to, int64_t t, int64_t width);

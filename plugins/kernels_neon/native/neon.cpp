@@ -13,18 +13,28 @@
 
 namespace {
 
-constexpr const char* kNames[kLevels] = {"neon", "neon-dotprod", "neon-i8mm"};
-const Level* const kLevelOf[kLevels] = {&kPlain, &kDotprod, &kI8mm};
-
 template <const Level& LEVEL>
 void matmul(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
             void* scratch) {
     if (is_float(w.source.scheme)) float_matmul(w.source, x, begin, end, out, stride);
     else LEVEL.matmul(w, x, begin, end, out, stride, scratch);
 }
-decltype(&matmul<kPlain>) const kMatmul[kLevels] = {matmul<kPlain>, matmul<kDotprod>, matmul<kI8mm>};
 
-Kernels tables[kLevels];
+template <const Level& LEVEL> const Kernels& table_of(const Kernels& base, const char* name) {
+    static const Kernels table = [&] {
+        Kernels made = base;
+        made.name = name;
+        made.tile = kTokens;
+        made.norm = norm;
+        made.quantize = LEVEL.quantize;
+        made.matmul = matmul<LEVEL>;
+        made.rope = rope;
+        made.gated = gated;
+        made.attend = attend;
+        return made;
+    }();
+    return table;
+}
 
 }  // namespace
 
@@ -35,17 +45,9 @@ int32_t rvneon_level() { return best_level(); }
 const Kernels* rvneon_kernels(const Kernels* base, int32_t level) {
     if (level < 0) level = best_level();
     if (level > best_level()) return nullptr;
-    Kernels& table = tables[level];
-    table = *base;
-    table.name = kNames[level];
-    table.tile = 4;
-    table.norm = norm;
-    table.quantize = kLevelOf[level]->quantize;
-    table.matmul = kMatmul[level];
-    table.rope = rope;
-    table.gated = gated;
-    table.attend = attend;
-    return &table;
+    if (level == kPlainLevel) return &table_of<kPlain>(*base, "neon");
+    if (level == kDotprodLevel) return &table_of<kDotprod>(*base, "neon-dotprod");
+    return &table_of<kI8mm>(*base, "neon-i8mm");
 }
 
 int32_t rvneon_attention(const RvNeonAttention* call) try {

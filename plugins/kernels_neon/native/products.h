@@ -2,12 +2,10 @@
 // signed bytes of its level of the architecture.
 #pragma once
 #include "cells.h"
-#include "kernels.h"
+#include "levels.h"
 #include "quantize.h"
 
 namespace {
-
-constexpr int64_t kTile = 4;
 
 // Weights straight from the packed panel: for a single tile of tokens, which meets each of them once.
 template <int32_t S> struct PackedPanel {
@@ -101,8 +99,8 @@ static void panel_tile(const Panel& panel, const Activations& x, int64_t t, floa
 template <int32_t S, bool FINE, class Panel>
 static void panel_product(const Panel& panel, const RvMatrix& w, const Activations& x, int64_t t, int64_t r, float* out,
                           int64_t stride) {
-    float found[kTile * kPanelRows];
-    const int64_t width = tile_width(x.count, t, kTile);
+    float found[kTokens * kPanelRows];
+    const int64_t width = tile_width(x.count, t, kTokens);
     if (width == 4) panel_tile<S, 4, FINE>(panel, x, t, found);
     else if (width == 2) panel_tile<S, 2, FINE>(panel, x, t, found);
     else panel_tile<S, 1, FINE>(panel, x, t, found);
@@ -117,13 +115,13 @@ static void packed_rows(const Matrix& w, const Activations& x, int64_t begin, in
                         void* scratch) {
     for (int64_t r = begin; r < end; r += kPanelRows) {
         const PackedPanel<S> packed(w.panels + r / kPanelRows * w.panel_bytes, x.cols);
-        if (x.count <= kTile) {
+        if (x.count <= kTokens) {
             panel_product<S, FINE>(packed, w.source, x, 0, r, out, stride);
             continue;
         }
         const OpenPanel<S> open(scratch, x.cols);
         open.fill(packed, x.cols);
-        for (int64_t t = 0; t < x.count; t += kTile) panel_product<S, FINE>(open, w.source, x, t, r, out, stride);
+        for (int64_t t = 0; t < x.count; t += kTokens) panel_product<S, FINE>(open, w.source, x, t, r, out, stride);
     }
 }
 

@@ -1,6 +1,5 @@
 // Quantized products for processors with FEAT_DotProd.
 #include "bytes_dotprod.h"
 #include "products.h"
-#include "levels.h"
 
 extern const Level kDotprod = {quantize<Bytes::run>, quantized_matmul};

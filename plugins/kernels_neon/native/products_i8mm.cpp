@@ -1,6 +1,5 @@
 // Quantized products for processors with FEAT_I8MM.
 #include "bytes_i8mm.h"
 #include "products.h"
-#include "levels.h"
 
 extern const Level kI8mm = {quantize<Bytes::run>, quantized_matmul};

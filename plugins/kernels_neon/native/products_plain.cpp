@@ -1,6 +1,5 @@
 // Quantized products for any armv8-a.
 #include "bytes_plain.h"
 #include "products.h"
-#include "levels.h"
 
 extern const Level kPlain = {quantize<Bytes::run>, quantized_matmul};

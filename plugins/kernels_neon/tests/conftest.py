@@ -31,6 +31,14 @@ PROGRAMS = {
 }
 COMMON = [*(NEON / f"{name}.cpp" for name in KERNELS), CPU / "kernels_generic.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-function", "-fno-math-errno"]
+LINK = ["-static", "-pthread"]
+#: SANITIZE=1 in the environment: every memory access and undefined operation is checked. With GCC; takes minutes.
+SANITIZE = os.environ.get("SANITIZE", "") not in ("", "0")
+if SANITIZE:
+    LINK = ["-fsanitize=address,undefined", "-pthread"]
+    FLAGS += [*LINK, "-fno-sanitize-recover=undefined", "-O1", "-Wno-maybe-uninitialized"]
+    os.environ["ASAN_OPTIONS"] = "detect_leaks=0"  # needs to trace the process, which emulation cannot
+SYSROOT = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler has its libraries
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -67,7 +75,7 @@ def _build(folder: Path) -> None:
     command, _ = compiler() or ([], False)
     for program, own in PROGRAMS.items():
         linked = [str(objects[source]) for source in (*own, *COMMON)]
-        subprocess.run([*command, "-static", "-pthread", *linked, "-o", str(folder / program)], check=True)
+        subprocess.run([*command, *LINK, *linked, "-o", str(folder / program)], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +98,7 @@ def arm64(tmp_path_factory: pytest.TempPathFactory) -> Run:
             (folder / "built").touch()
 
     def run(cpu: str, program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [emulator, "-cpu", cpu, folder / program, *arguments]
+        command = [emulator, *(["-L", SYSROOT] if SANITIZE else []), "-cpu", cpu, folder / program, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
     return run

@@ -1,4 +1,4 @@
-// Activations with the memory that they need, and the values that their bytes stand for: 16 or 8 bits, or floats for 32.
+// Activations with the memory that they need, and the values that their bytes stand for: 16 or 8 bits, or floats if 32.
 #pragma once
 #include "check.h"
 

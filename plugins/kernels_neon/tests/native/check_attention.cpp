@@ -57,7 +57,8 @@ struct World {
         const int64_t first = n ? older : 0, count = n ? c.context - older : older, per = blocks / 2;
         const int64_t width = c.types[n] == RV_KV_F32 ? 4 : 2;
         for (int64_t i = 0; i < blocks; i++) tables[n].push_back((int32_t)i);
-        for (int64_t i = blocks - 1; i > 0; i--) std::swap(tables[n][(size_t)i], tables[n][(size_t)random.below(i + 1)]);
+        for (int64_t i = blocks - 1; i > 0; i--)
+            std::swap(tables[n][(size_t)i], tables[n][(size_t)random.below(i + 1)]);
         for (auto& side : stored[n]) side.assign((size_t)(blocks * c.kv_heads * kBlock * c.dim * width), 0xff);  // NaN
         for (int64_t i = 0; i < count; i++)
             for (int64_t k = 0; k < c.kv_heads; k++) {
@@ -131,8 +132,8 @@ void check_case(const Case& c, const Tables& tables, Random& random, Check& chec
             for (int64_t k = 0; k < c.dim; k++) {
                 const size_t at = (size_t)((t * c.heads + head) * c.dim + k);
                 const double want = world.want(t, head, k);
-                check.close(whole[at], want, 5e-6, "attention of %d tokens in %d, head %d", (int)t, (int)c.context, (int)head);
-                check.close(split[at], want, 5e-6, "split attention of %d tokens in %d", (int)t, (int)c.context);
+                check.close(whole[at], want, 5e-6, "context %d, token %d, head %d", (int)c.context, (int)t, (int)head);
+                check.close(split[at], want, 5e-6, "in parts: context %d, token %d", (int)c.context, (int)t);
             }
 }
 

@@ -35,7 +35,7 @@ static int check_all() {
 static int force(int level) {
     const Level* levels[] = {&kPlain, &kDotprod, &kI8mm};
     Kernels table = kGeneric;
-    table.tile = 4;
+    table.tile = kTokens;
     table.quantize = levels[level]->quantize;
     Random random;
     const std::vector<uint8_t> weights(34 * 16, 1);

@@ -51,9 +51,12 @@ struct Weights {
 
     Weights(const Tables& tables, const Scheme& s, int64_t rows, int64_t cols, bool biased, Random& random)
         : data(random_rows(s, rows, cols, random)), bias(random.normals(rows)), plain((size_t)(rows * cols)) {
-        matrix.source = {data.data(), biased ? bias.data() : nullptr, rows, cols, cols / s.block * s.bytes, s.scheme, 0};
+        const int64_t row_bytes = cols / s.block * s.bytes;
+        matrix.source = {data.data(), biased ? bias.data() : nullptr, rows, cols, row_bytes, s.scheme, 0};
         for (int64_t r = 0; r < rows; r++) tables.base->decode_row(matrix.source, r, plain.data() + r * cols);
-        with_scheme(s.scheme, [&](auto tag) { matrix.panel_bytes = Packed<decltype(tag)::scheme>::panel_bytes(cols); });
+        with_scheme(s.scheme, [&](auto tag) {
+            matrix.panel_bytes = Packed<decltype(tag)::scheme>::panel_bytes(cols);
+        });
         if (is_float(s.scheme)) return;
         const int64_t count = (rows + kPanelRows - 1) / kPanelRows;
         panels.assign((size_t)(count * matrix.panel_bytes), 0x55);
@@ -84,8 +87,9 @@ void check_shape(const Tables& tables, const Scheme& s, int64_t rows, int64_t co
                 want += term;
                 size += std::fabs(term);
             }
-            check.close(out[(size_t)(t * stride + r)], want, share * size + 1e-37, "%s [%d, %d], token %d of %d, row %d",
-                        s.name, (int)rows, (int)cols, (int)t, (int)count, (int)r);
+            check.close(out[(size_t)(t * stride + r)], want, share * size + 1e-37,
+                        "%s [%d, %d], token %d of %d, row %d", s.name, (int)rows, (int)cols, (int)t, (int)count,
+                        (int)r);
         }
         for (int64_t r = rows; r < stride; r++)
             check.that(out[(size_t)(t * stride + r)] == kUntouched, "%s wrote behind its rows", s.name);

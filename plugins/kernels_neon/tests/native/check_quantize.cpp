@@ -18,7 +18,8 @@ static void check_cell(const Quantized& a, int64_t t, int64_t k, Check& check) {
         check.that(a.q[at] == (int)whole, "q of token %d column %d", (int)t, (int)k + i);
         const bool fine = a.view.r != nullptr;
         check.that(a.r[at] == (fine ? (int)std::nearbyintf(left) : 99), "r of token %d column %d", (int)t, (int)k + i);
-        check.close(value, x[i], (fine ? 1.01 : 128.01) * d + top * 2e-7 + 1e-36, "value of token %d column %d", (int)t, (int)k + i);
+        check.close(value, x[i], (fine ? 1.01 : 128.01) * d + top * 2e-7 + 1e-36, "value of token %d column %d", (int)t,
+                    (int)k + i);
     }
     check.close(a.d[a.cell_at(t, k)], d, d * 1e-6, "d of token %d column %d", (int)t, (int)k);
     const double allowed = size * 1e-6;
