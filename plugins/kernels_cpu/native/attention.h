@@ -188,13 +188,25 @@ static inline void soften(const AttentionTask& task, const Rows& rows, int64_t r
     rows.weight[r] += sum(total);
 }
 
+static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
+}
+
 // A tile of keys for few rows, and for many.
 template <int32_t TYPE>
 static void few_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t at, int64_t found) {
     const void *keys = segment.keys[task.layer], *values = segment.values[task.layer];
     const int64_t start = segment.starts[task.sequence], padded = rows.padded;
+    // What comes next is fetched ahead: this tile's values, and a row further on the keys of the next tile.
+    const int64_t length = segment.lengths[task.sequence], bytes = task.model->head_dim * (TYPE == RV_KV_F32 ? 4 : 2);
     int64_t places[kKeyTile];
-    for (int64_t i = 0; i < found; i++) places[i] = stored_at(segment, task, at + i);
+    for (int64_t i = 0; i < found; i++) {
+        places[i] = stored_at(segment, task, at + i);
+        prefetch_row((const uint8_t*)values + places[i] * (TYPE == RV_KV_F32 ? 4 : 2), bytes);
+        if (at + kKeyTile + i < length)
+            prefetch_row((const uint8_t*)keys + stored_at(segment, task, at + kKeyTile + i) * (TYPE == RV_KV_F32 ? 4 : 2),
+                         bytes);
+    }
     with_rows(rows.count, [&](auto tag) {
         constexpr int R = decltype(tag)::scheme;
         score_few<TYPE, R>(keys, places, found, task.model->head_dim, rows.query, padded, rows.scores);

@@ -99,7 +99,7 @@ int main(int count, char** arguments) {
         const int32_t cu_q[2] = {0, (int32_t)fed}, length = (int32_t)tokens.size(), start = 0;
         const RvSegment segment{RV_KV_F32, Cache::kBlock, (int32_t)cache.table.size(), 0, cache.table.data(), &length,
                                 &start, cache.keys.data(), cache.values.data()};
-        const RvBatch batch{fed, 1, 1, 1, 0, tokens.data() + done, positions.data(), cu_q, &row, slots.data(),
+        const RvBatch batch{fed, 1, 1, 1, tokens.data() + done, positions.data(), cu_q, &row, slots.data(),
                             &header.cos, &header.sin, &segment, nullptr};
         if (rv_forward(decoder, &batch, hidden.data()) || rv_logits(decoder, hidden.data(), 1, logits.data())) return 4;
         if (std::fwrite(logits.data(), 4, logits.size(), file) != logits.size()) return 2;
