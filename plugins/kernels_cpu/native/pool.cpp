@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr uint32_t kClosed = 0xffffffff;  // instead of the next task, while a job is being written down
+
 constexpr int kSpins = 4000;  // some tens of microseconds: longer than the gap between two jobs of a step
 
 void pause() {
@@ -31,6 +33,9 @@ Pool::~Pool() {
 
 void Pool::start(Task task, void* context, int64_t count) {
     const uint32_t job = (uint32_t)(next_.load() >> 32) + 1;
+    // Closed before anything else changes: a thread that still looks for tasks of the job before must not take one of it
+    // on the strength of the new count.
+    next_ = (uint64_t)job << 32 | kClosed;
     task_ = task;
     context_ = context;
     count_ = count;
@@ -48,6 +53,11 @@ void Pool::start(Task task, void* context, int64_t count) {
         else if (spins < kSpins + 100) std::this_thread::yield();
         else std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
+}
+
+bool Pool::open(uint32_t last) const {
+    const uint64_t seen = next_.load();
+    return (uint32_t)(seen >> 32) != last && (uint32_t)seen != kClosed;
 }
 
 void Pool::work(uint32_t job, int worker) {
@@ -71,7 +81,7 @@ void Pool::serve(int worker) {
     while (!closing_.load()) {
         bool found = false;
         for (int spins = 0; spins < kSpins && !found; spins++) {
-            found = (uint32_t)(next_.load() >> 32) != last;
+            found = open(last);
             if (!found) pause();
         }
         if (found) {
@@ -82,7 +92,7 @@ void Pool::serve(int worker) {
         }
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1);
-        wake_.wait(lock, [&] { return closing_.load() || (uint32_t)(next_.load() >> 32) != last; });
+        wake_.wait(lock, [&] { return closing_.load() || open(last); });
         sleeping_.fetch_sub(1);
     }
 }

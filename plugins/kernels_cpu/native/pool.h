@@ -31,6 +31,7 @@ class Pool {
 
   private:
     void start(Task task, void* context, int64_t count);
+    bool open(uint32_t last) const;  // whether there is a job after `last` to be worked on
     void work(uint32_t job, int worker);
     void serve(int worker);
 
