@@ -8,6 +8,7 @@
 
 namespace {
 
+constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
@@ -54,11 +55,13 @@ std::unique_ptr<Pages> RvDecoder::pack(const std::vector<Matrix*>& matrices) {
         w->panels = pages->data() + at;
         const RvMatrix& source = w->source;
         const int64_t panels = (source.rows + kPanelRows - 1) / kPanelRows;
-        const int64_t tasks = std::min(panels, pool_.threads() * kTasksPerThread);
-        pool_.run(tasks, [&, w = w](int64_t task, int) {
-            kernels_.pack(source, panels * task / tasks, panels * (task + 1) / tasks, const_cast<uint8_t*>(w->panels));
+        const int64_t step = std::max((int64_t)1, kPackedAtOnce / w->panel_bytes);
+        pool_.run((panels + step - 1) / step, [&, w = w](int64_t task, int) {
+            const int64_t begin = task * step, end = std::min(begin + step, panels);
+            kernels_.pack(source, begin, end, const_cast<uint8_t*>(w->panels));
+            const int64_t row = begin * kPanelRows, rows = std::min(end * kPanelRows, source.rows) - row;
+            if (source.mapped) release_mapped(source.data + row * source.row_bytes, (size_t)(rows * source.row_bytes));
         });
-        if (source.mapped) release_mapped(source.data, (size_t)(source.rows * source.row_bytes));
     }
     return pages;
 }
