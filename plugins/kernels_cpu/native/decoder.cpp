@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t kInnerTokens = 264;   // whose inner activations are in memory together
+constexpr int64_t kEmbedTokens = 64;    // after which the pages of their embeddings are let go
 constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, whatever the number of threads
 
@@ -98,8 +100,8 @@ void RvDecoder::products(const Activations& x, const Product* wanted, int count)
     });
 }
 
-// What the adapter of a token's sequence adds to the product of one site. It is called at the beginning of the loop that
-// next reads the product, which saves threads another meeting.
+// What the adapter of a token's sequence adds to the product of one site. Where possible it is called at the beginning of
+// the loop that next reads the product, which saves threads another meeting.
 void RvDecoder::adapt(const RvBatch& batch, int layer, int site, int64_t t, const float* x, float* out) const {
     const RvLowRank* adapter = batch.adapters ? batch.adapters[owner_[(size_t)t]] : nullptr;
     if (!adapter) return;
@@ -192,20 +194,44 @@ void RvDecoder::attention(const RvBatch& batch, int layer, const float* query, i
     }
 }
 
-// `pending` is what the next norm adds to the residual: the output of the last product, its adapter still to come.
-void RvDecoder::layer(const RvBatch& batch, int n, float** pending) {
+// The gated products of `count` tokens from `first` on, in place of their normed states. Adapters of the last product are
+// the only ones that nobody reads next before other tokens need the room.
+void RvDecoder::feed_forward(const RvBatch& batch, int n, int64_t first, int64_t count) {
+    const Matrix* w = layers_[(size_t)n].sites;
+    const int64_t hidden = model_.hidden, inner = model_.inner;
+    float* x = x_.room(batch.tokens_count * hidden) + first * hidden;
+    float *both = inner_.room(count * 2 * inner), *gated = gated_.room(count * inner);
+
+    Activations in = describe(x, count, hidden, quantized(w[RV_GATE]) || quantized(w[RV_UP]));
+    if (in.q) each_tile(in, [](int64_t) {});
+    const Product halves[] = {{&w[RV_GATE], both, 2 * inner}, {&w[RV_UP], both + inner, 2 * inner}};
+    products(in, halves, 2);
+
+    in = describe(gated, count, inner, quantized(w[RV_DOWN]));
+    each_tile(in, [&](int64_t t) {
+        float* gate = both + t * 2 * inner;
+        adapt(batch, n, RV_GATE, first + t, x + t * hidden, gate);
+        adapt(batch, n, RV_UP, first + t, x + t * hidden, gate + inner);
+        kernels_.gated(gate, gate + inner, inner, model_.activation, gated + t * inner);
+    });
+    const Product down{&w[RV_DOWN], x, hidden};
+    products(in, &down, 1);
+    if (batch.adapters)
+        each_token(count, [&](int64_t t) { adapt(batch, n, RV_DOWN, first + t, gated + t * inner, x + t * hidden); });
+}
+
+// `pending` is what the next norm adds to the residual: the output of the last product.
+void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
     const RvLayer& layer = layers_[(size_t)n].source;
     const Matrix* w = layers_[(size_t)n].sites;
-    const int64_t count = batch.tokens_count, hidden = model_.hidden, inner = model_.inner, dim = model_.head_dim;
+    const int64_t count = batch.tokens_count, hidden = model_.hidden, dim = model_.head_dim;
     const int64_t q = model_.heads * dim, kv = model_.kv_heads * dim, width = q + 2 * kv;
     float *residual = residual_.room(count * hidden), *x = x_.room(count * hidden);
     float *qkv = qkv_.room(count * width), *mixed = mixed_.room(count * q);
-    float *both = inner_.room(count * 2 * inner), *gated = gated_.room(count * inner);
 
     Activations in = describe(x, count, hidden, quantized(w[RV_Q]) || quantized(w[RV_K]) || quantized(w[RV_V]));
-    float* add = *pending;
+    const float* add = *pending;
     each_tile(in, [&](int64_t t) {
-        if (add) adapt(batch, n - 1, RV_DOWN, t, gated + t * inner, add + t * hidden);
         kernels_.norm(residual + t * hidden, add ? add + t * hidden : nullptr, layer.attn_norm, hidden, model_.eps,
                       x + t * hidden);
     });
@@ -219,23 +245,13 @@ void RvDecoder::layer(const RvBatch& batch, int n, float** pending) {
     const Product out{&w[RV_O], x, hidden};
     products(in, &out, 1);
 
-    in = describe(x, count, hidden, quantized(w[RV_GATE]) || quantized(w[RV_UP]));
-    each_tile(in, [&](int64_t t) {
+    each_token(count, [&](int64_t t) {
         adapt(batch, n, RV_O, t, mixed + t * q, x + t * hidden);
         kernels_.norm(residual + t * hidden, x + t * hidden, layer.mlp_norm, hidden, model_.eps, x + t * hidden);
     });
-    const Product halves[] = {{&w[RV_GATE], both, 2 * inner}, {&w[RV_UP], both + inner, 2 * inner}};
-    products(in, halves, 2);
-
-    in = describe(gated, count, inner, quantized(w[RV_DOWN]));
-    each_tile(in, [&](int64_t t) {
-        float* gate = both + t * 2 * inner;
-        adapt(batch, n, RV_GATE, t, x + t * hidden, gate);
-        adapt(batch, n, RV_UP, t, x + t * hidden, gate + inner);
-        kernels_.gated(gate, gate + inner, inner, model_.activation, gated + t * inner);
-    });
-    const Product down{&w[RV_DOWN], x, hidden};
-    products(in, &down, 1);
+    const int64_t pieces = (count + kInnerTokens - 1) / kInnerTokens;
+    const int64_t piece = ((count + pieces - 1) / pieces + kernels_.tile - 1) / kernels_.tile * kernels_.tile;
+    for (int64_t t = 0; t < count; t += piece) feed_forward(batch, n, t, std::min(piece, count - t));
     *pending = x;
 }
 
@@ -245,20 +261,23 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
     owner_.resize((size_t)count);
     for (int64_t b = 0; b < batch.sequences; b++)
         std::fill(owner_.begin() + batch.cu_q[b], owner_.begin() + batch.cu_q[b + 1], (int32_t)b);
-    each_token(count, [&](int64_t t) {
-        kernels_.decode_row(model_.embed, batch.tokens[t], residual + t * width);
-    });
-    float* pending = nullptr;
+    for (int64_t from = 0; from < count; from += kEmbedTokens) {
+        const int64_t found = std::min(kEmbedTokens, count - from);
+        each_token(found, [&](int64_t t) {
+            kernels_.decode_row(model_.embed, batch.tokens[from + t], residual + (from + t) * width);
+        });
+        // The system maps much around every row that is read.
+        if (!model_.embed.mapped || (embedded_ += found) < kEmbedTokens) continue;
+        release_mapped(model_.embed.data, (size_t)(model_.embed.rows * model_.embed.row_bytes));
+        embedded_ = 0;
+    }
+    const float* pending = nullptr;
     for (int n = 0; n < model_.layers; n++) layer(batch, n, &pending);
-    // A row may be wanted twice: sums are formed apart, the residual and the last product stay as they are.
-    float *total = qkv_.room(2 * width), *last = total + width;
-    const float* gated = gated_.room(count * model_.inner);
+    // A row may be wanted twice: the sum is formed apart, the residual stays as it is.
+    float* total = qkv_.room(width);
     for (int64_t r = 0; r < batch.rows_count; r++) {
-        const int64_t t = batch.rows[r];
-        memcpy(total, residual + t * width, (size_t)width * 4);
-        memcpy(last, pending + t * width, (size_t)width * 4);
-        adapt(batch, model_.layers - 1, RV_DOWN, t, gated + t * model_.inner, last);
-        kernels_.norm(total, last, model_.final_norm, width, model_.eps, hidden + r * width);
+        memcpy(total, residual + batch.rows[r] * width, (size_t)width * 4);
+        kernels_.norm(total, pending + batch.rows[r] * width, model_.final_norm, width, model_.eps, hidden + r * width);
     }
 }
 

@@ -47,7 +47,8 @@ struct RvDecoder {
     void append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width);
     void plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
     void attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
-    void layer(const RvBatch& batch, int n, float** pending);
+    void feed_forward(const RvBatch& batch, int n, int64_t first, int64_t count);
+    void layer(const RvBatch& batch, int n, const float** pending);
 
     RvModel model_;
     std::vector<Layer> layers_;
@@ -56,6 +57,7 @@ struct RvDecoder {
     Pool pool_;
     std::unique_ptr<Pages> packed_;
     std::vector<std::vector<float>> scratch_;  // one a thread
+    int64_t embedded_ = 0;        // tokens since pages of embeddings were let go
     std::vector<int32_t> owner_;  // the sequence of each token
     std::vector<AttentionTask> tasks_;
     Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, partial_;
