@@ -20,7 +20,16 @@ def test_every_task_of_every_job_runs_once(tmp_path: Path) -> None:
     before the next is written down, this fails within a second."""
     program = tmp_path / "pool_stress"
     sources = [FOLDER / "tests/native/pool_stress.cpp", FOLDER / "native/pool.cpp"]
-    build = [str(COMPILER), "-std=c++17", "-O2", f"-I{FOLDER / 'native'}", *map(str, sources), "-o", str(program), "-pthread"]
+    build = [
+        str(COMPILER),
+        "-std=c++17",
+        "-O2",
+        f"-I{FOLDER / 'native'}",
+        *map(str, sources),
+        "-o",
+        str(program),
+        "-pthread",
+    ]
     built = subprocess.run(build, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     for threads in (2, 3, 4):
