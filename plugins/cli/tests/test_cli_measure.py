@@ -13,6 +13,7 @@ import pytest
 
 from ruvllm_cli.bench import Workload, measure, peak_rss_mb
 from ruvllm_core.cli.main import cli
+from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.decoder import EagerDecoder
 from ruvllm_core.errors import RequestError
 from ruvllm_core.generate.load import load_parts
@@ -184,6 +185,23 @@ def test_bench_computes_what_it_says(tiny: Path, monkeypatch: pytest.MonkeyPatch
     assert [int(batch.tokens[0]) for batch in batches[-4:]] == longer[0, 15:].tolist()
     with pytest.raises(RequestError, match="the context holds 40"):
         measure(parts, Workload(prefill=30, decode=11), chunk=4)
+
+
+def test_what_an_adapter_costs_is_measured_in_turn(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(kernels=["torch"], model=str(tiny), max_context=40)
+    parts = load_parts(settings, Registry.discover(settings))
+    ranks: list[int] = []
+    forward = EagerDecoder.forward
+
+    def watched(self: EagerDecoder, batch: Batch) -> Any:
+        ranks.append(len(batch.adapters[0].sites["layers.0.mlp.down"].a) if batch.adapters else 0)
+        return forward(self, batch)
+
+    monkeypatch.setattr(EagerDecoder, "forward", watched)
+    result = measure(parts, Workload(prefill=4, decode=2, repeats=2, adapter_rank=3), chunk=4)
+    assert ranks[-12:] == [0, 0, 0, 3, 3, 3] * 2  # a prompt and two tokens without it, then with it
+    assert all(result[key] > -1 for key in ("adapter_prefill_cost", "adapter_decode_cost"))
+    assert "adapter_decode_cost" not in measure(parts, Workload(prefill=4, decode=2, repeats=1), chunk=4)
 
 
 def test_peak_memory_is_that_of_the_process() -> None:

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ruvllm_core.decode.batch import Batch
+from ruvllm_core.decode.lora import apply_final
 from ruvllm_core.errors import RequestError
+from ruvllm_core.model.spec import ModelSpec, llama_tensor_names
+from ruvllm_core.protocols import Adapter, LowRank
 
 if TYPE_CHECKING:
     from ruvllm_core.generate.load import Parts
@@ -31,6 +34,7 @@ class Workload:
         depth: tokens of each sequence that are in the cache before.
         sequences: how many run side by side.
         repeats: measurements, the medians of which count.
+        adapter_rank: of a random adapter at every linear site and the final one, whose cost is measured too; 0 is none.
     """
 
     prefill: int = 128
@@ -38,6 +42,7 @@ class Workload:
     depth: int = 0
     sequences: int = 1
     repeats: int = 3
+    adapter_rank: int = 0
 
     @property
     def capacity(self) -> int:
@@ -47,10 +52,18 @@ class Workload:
 def measure(parts: Parts, work: Workload, chunk: int) -> dict[str, Any]:
     """Tokens a second, all sequences together: medians as ``prefill_tok_s`` and ``decode_tok_s``, and every run.
 
-    ``kv_bytes`` is what keys and values of the whole context take. See `Runner` for the rest.
+    ``kv_bytes`` is what keys and values of the whole context take. With an adapter every run has one with it beside it,
+    and ``adapter_prefill_cost`` and ``adapter_decode_cost`` are the medians of how much longer that takes, as a share.
+    See `Runner` for the rest.
     """
     runner = Runner(parts, work, chunk)
-    runs = [runner.run(work.prefill, work.decode) for _ in range(work.repeats)]
+    adapter = random_adapter(parts.model.spec, work.adapter_rank) if work.adapter_rank else None
+    runs, costs = [], []
+    for _ in range(work.repeats):
+        runs.append(runner.run(work.prefill, work.decode))
+        if adapter is not None:
+            slower = runner.run(work.prefill, work.decode, adapter)
+            costs.append([after / before - 1 for before, after in zip(runs[-1], slower, strict=True)])
     prefill = [work.sequences * work.prefill / seconds for seconds, _ in runs]
     decode = [work.sequences * work.decode / seconds for _, seconds in runs]
     return {
@@ -59,7 +72,24 @@ def measure(parts: Parts, work: Workload, chunk: int) -> dict[str, Any]:
         "prefill_tok_s_runs": prefill,
         "decode_tok_s_runs": decode,
         "kv_bytes": runner.kv_bytes,
+        **{
+            f"adapter_{name}_cost": median(c)
+            for name, c in zip(("prefill", "decode"), zip(*costs, strict=True), strict=False)
+        },
     }
+
+
+def random_adapter(spec: ModelSpec, rank: int) -> Adapter:
+    """Small random deltas at every matrix of every layer and at the final site."""
+    rng, shapes = np.random.default_rng(0), {"final": (spec.hidden_size, spec.hidden_size)}
+    shapes |= {name: s.shape for name, s in llama_tensor_names(spec).items() if len(s.shape) == 2 and "layers" in name}
+
+    def factor(*shape: int) -> npt.NDArray[np.float32]:
+        return rng.normal(0.0, 1e-3, shape).astype(np.float32)
+
+    return Adapter(
+        "bench", {name: LowRank(factor(rank, width), factor(rows, rank)) for name, (rows, width) in shapes.items()}
+    )
 
 
 def peak_rss_mb() -> float:
@@ -95,6 +125,7 @@ class Runner:
             )
         self._spec, self._decoder, self._chunk = parts.model.spec, parts.decoder, chunk
         self._depth = work.depth
+        self._adapter: Adapter | None = None
         self._cache = parts.new_cache(work.sequences)
         self._names = [f"bench-{number}" for number in range(work.sequences)]
         self._variant = self._spec.rope_variant(work.capacity)
@@ -106,8 +137,9 @@ class Runner:
         self.kv_bytes = self._cache.stats().allocated_bytes
         self.run(min(work.prefill, 32), min(work.decode, 2))
 
-    def run(self, prefill: int, decode: int) -> tuple[float, float]:
-        """Seconds for `prefill` tokens of every sequence, and then for `decode` steps."""
+    def run(self, prefill: int, decode: int, adapter: Adapter | None = None) -> tuple[float, float]:
+        """Seconds for `prefill` tokens of every sequence, and then for `decode` steps, all of them with `adapter`."""
+        self._adapter = adapter
         begin = time.perf_counter()
         hidden = [
             self._compute(name, prompt, self._depth, self._depth + prefill)
@@ -144,7 +176,8 @@ class Runner:
             kv=self._cache.view(names),
             rope_variants=np.full(len(names), self._variant, dtype=np.uint8),
         )
-        hidden = self._decoder.forward(batch)
+        batch.adapters = (self._adapter,) * len(names) if self._adapter else ()
+        hidden = apply_final(self._decoder.forward(batch), batch)
         for name in names:
             self._cache.commit(name)
         return hidden

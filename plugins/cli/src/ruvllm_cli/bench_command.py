@@ -26,6 +26,7 @@ def command() -> None:
 @click.option("--depth", type=click.IntRange(0), default=0, show_default=True, help="Tokens in the cache before.")
 @click.option("--sequences", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Medians of as many runs.")
+@click.option("--adapter-rank", type=click.IntRange(0), default=0, show_default=True, help="Measure what one costs.")
 @click.option("--first-token", "start", is_flag=True, help="Time also `ruvllm run`, from its start to its first token.")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
@@ -35,7 +36,8 @@ def end_to_end(app: App, /, model: str, start: bool, as_json: bool, **sizes: int
 
     Token ids are arbitrary and the likeliest token is taken, so that sampling and text take no time. Speeds are in
     tokens a second over all sequences; peak_rss_mb is in MiB and counts the mapped model file; kv_bytes is what keys
-    and values of the whole context take.
+    and values of the whole context take. With --adapter-rank every run is repeated with a random low-rank adapter at
+    every linear matrix, and adapter_*_cost says how much longer that takes, as a share.
     """
     from ruvllm_cli.bench import Workload, measure, peak_rss_mb
 
