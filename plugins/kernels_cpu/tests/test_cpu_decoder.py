@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ruvllm_core.decode.batch import Batch
-from ruvllm_core.errors import ConfigError, GenerationError, ModelError, PluginError
+from ruvllm_core.errors import ConfigError, GenerationError, ModelError, OutOfMemoryError, PluginError
 from ruvllm_core.protocols import Adapter, DecoderOptions, LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_kernels_cpu import hooks, library
@@ -144,6 +144,13 @@ def test_errors_say_what_to_do() -> None:
     ):
         with pytest.raises(ModelError, match=says):
             CpuKernels(OPTIONS).decoder(spec, wrong, OPTIONS)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ruvllm_core.machine.available_memory", lambda: 1000)
+    with pytest.raises(OutOfMemoryError, match="packed weights need"):
+        make(("q4_k",))
+    make(("f32",)).close()  # used where they are
 
 
 def test_without_the_library_the_probe_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

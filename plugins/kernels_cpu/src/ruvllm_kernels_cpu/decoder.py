@@ -13,6 +13,7 @@ from ruvllm_core.decode.kv import KVStorage
 from ruvllm_core.decode.rope import rope_tables
 from ruvllm_core.errors import ConfigError, GenerationError, OutOfMemoryError
 from ruvllm_core.machine import require_memory, usable_cpus
+from ruvllm_core.model.quant import FLOAT_SCHEMES
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
 from ruvllm_kernels_cpu import arguments
@@ -42,6 +43,8 @@ class CpuDecoder:
         self._handle = ctypes.c_void_p()
         self._library = load()
         model, self._owners = describe(spec, weights, activation_bits)
+        packed = [one for one in weights.values() if len(one.shape) == 2 and one.scheme not in FLOAT_SCHEMES]
+        require_memory(sum(one.data.nbytes for one in packed), "packed weights")
         self._check(self._library.rv_open(model, table, self.threads, ctypes.byref(self._handle)))
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
