@@ -18,8 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export PROMPT
 # What pip builds with (CMake and Ninja too, where they are not installed) is held to the same versions: older pips take
 # them from the first of these, newer ones from the second.
-export PIP_CONSTRAINT := constraints.txt
-export PIP_BUILD_CONSTRAINT := constraints.txt
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check check-native format dist bench clean
@@ -45,7 +44,7 @@ check: $(VENV)/.test-needs  ## style, types, import rules, size limits, document
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_docs.py
 
 check-native: $(VENV)/.test-needs  ## tests of the native code under AddressSanitizer and UBSan
-	scripts/check_native.sh $(BIN)/python $(ARGS)
+	$(PINNED) scripts/check_native.sh $(BIN)/python $(ARGS)
 
 format: $(VENV)/.test-needs  ## apply the style, and write the command line's reference anew
 	$(BIN)/ruff check --fix .
@@ -54,7 +53,7 @@ format: $(VENV)/.test-needs  ## apply the style, and write the command line's re
 
 dist: $(VENV)/.installed  ## a wheel of core and of each plugin into dist/
 	rm -rf dist
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist . $(PLUGINS:%=./%)
+	$(PINNED) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist . $(PLUGINS:%=./%)
 	@ls -1 dist
 
 bench: $(MODEL_HERE)  ## speed and memory of MODEL on this machine
@@ -71,7 +70,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
 	@echo "== installing ruvllm-core and $(words $(PLUGINS)) plugins (torch is the large part)"
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e . $(PLUGINS:%=-e %)
+	$(PINNED) $(BIN)/pip install --disable-pip-version-check -c constraints.txt -e . $(PLUGINS:%=-e %)
 	@touch $@
 
 $(VENV)/.test-needs: requirements-test.txt $(VENV)/.installed
