@@ -19,7 +19,7 @@ class AdapterTables:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._tables: WeakKeyDictionary[Adapter, tuple[Any, list[Any]]] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[Adapter, tuple[Any, Any]] = WeakKeyDictionary()
 
     def pointers(self, adapters: Sequence[Adapter | None], keep: list[Any]) -> int | None:
         """Address of one pointer a sequence, or None if none has deltas here; `keep` takes what must stay alive.
@@ -39,25 +39,29 @@ class AdapterTables:
         keep.append(found)
         return ctypes.addressof(found)
 
-    def _table(self, adapter: Adapter) -> tuple[Any, list[Any]]:
-        table = (abi.LowRank * (self._spec.num_layers * len(abi.SITES)))()
-        arrays: list[Any] = []
-        for n in range(self._spec.num_layers):
-            for index, site in enumerate(abi.SITES):
-                delta = adapter.sites.get(f"layers.{n}.{site}")
-                if delta is None:
-                    continue
-                a = np.ascontiguousarray(delta.a, dtype=np.float32)
-                turned = np.ascontiguousarray(np.asarray(delta.b, dtype=np.float32).T)
-                (width, height), rank = _site_shape(self._spec, site), len(a)
-                if a.shape != (rank, width) or turned.shape != (rank, height) or rank < 1:
-                    raise ValueError(
-                        f"adapter {adapter.version}, layers.{n}.{site}: a {a.shape} and b {turned.shape[::-1]} "
-                        f"must be [r, {width}] and [{height}, r]"
-                    )
-                arrays += [a, turned]
-                table[n * len(abi.SITES) + index] = abi.LowRank(a.ctypes.data, turned.ctypes.data, delta.scale, rank)
-        return table, arrays
+    def _table(self, adapter: Adapter) -> tuple[Any, Any]:
+        """The C structure and its numbers: one array in the order in which a step reads it, as memory likes best."""
+        sites = [f"layers.{n}.{site}" for n in range(self._spec.num_layers) for site in abi.SITES]
+        found = {index: adapter.sites[site] for index, site in enumerate(sites) if site in adapter.sites}
+        for index, delta in found.items():
+            width, height = _site_shape(self._spec, abi.SITES[index % len(abi.SITES)])
+            rank = len(delta.a)
+            if delta.a.shape != (rank, width) or delta.b.shape != (height, rank) or rank < 1:
+                raise ValueError(
+                    f"adapter {adapter.version}, {sites[index]}: a {delta.a.shape} and b {delta.b.shape} "
+                    f"must be [r, {width}] and [{height}, r]"
+                )
+        table = (abi.LowRank * len(sites))()
+        numbers = np.empty(sum(delta.a.size + delta.b.size for delta in found.values()), dtype=np.float32)
+        at = 0
+        for index, delta in found.items():
+            places = []
+            for factor in (delta.a, delta.b.T):
+                numbers[at : at + factor.size] = np.ravel(factor)
+                places.append(numbers.ctypes.data + 4 * at)
+                at += factor.size
+            table[index] = abi.LowRank(*places, delta.scale, len(delta.a))
+        return table, numbers
 
 
 def _site_shape(spec: ModelSpec, site: str) -> tuple[int, int]:
