@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t kInnerTokens = 264;   // whose inner activations are in memory together
-constexpr int64_t kEmbedTokens = 64;    // after which the pages of their embeddings are let go
+constexpr int64_t kEmbedTokens = 16;    // after which the pages of their embeddings are let go
 constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, whatever the number of threads
 
