@@ -124,6 +124,20 @@ def test_the_operation_of_the_provider_that_was_asked_for_runs(ruvllm: Any, inst
     assert all(row["ms"] > 0 for row in result["results"])
 
 
+def test_auto_is_the_first_provider_that_can_run(ruvllm: Any, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lame = """
+        @hookimpl
+        def kernels():
+            return [Offer("lame", "nowhere:Kernels", probe=lambda: "not on this machine", priority=1000)]
+        """
+    install("lame-kernels", "lame_kernels", lame)
+    monkeypatch.delenv("RUVLLM_KERNELS", raising=False)
+    sizes = ("--shape", "smollm2-135m", "--prompt", "2", "--depth", "3", "--repeats", "1", "--threads", "1")
+    result = ruvllm("bench", "attention", *sizes, "--log-level", "error", "--json").json
+    assert len(result["operations"]) == 1
+    assert "lame" not in result["operations"]
+
+
 def test_a_provider_without_the_operation_is_an_error(ruvllm: Any, install: Any) -> None:
     install("their-kernels", "their_kernels", PROVIDERS)
     call = ("bench", "attention", "--log-level", "error")

@@ -71,7 +71,9 @@ def end_to_end(app: App, /, model: str, start: bool, as_json: bool, **sizes: int
 @click.option("--depth", "depths", multiple=True, type=click.IntRange(0), help="Tokens before; may be repeated.")
 @click.option("--kv", type=click.Choice(("f32", "f16", "bf16")), default="f32", show_default=True, help="Of the cache.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Medians of as many runs.")
-@setting("kernels", "--kernels", metavar="NAMES", help="Kernel providers, measured in turn; auto is the first.")
+@setting(
+    "kernels", "--kernels", metavar="NAMES", help="Kernel providers, measured in turn; auto is the first that can run."
+)
 @setting("threads", "--threads", type=int, help="CPU threads; 0 follows the machine.")
 @setting("device", "--device", help="auto, cpu, cuda, cuda:N or mps.")
 @setting("dtype", "--dtype", help="Of queries: auto (float32), float32, bfloat16 or float16.")
@@ -91,7 +93,8 @@ def attention(
     from ruvllm_core.protocols import DecoderOptions
 
     settings = app.settings
-    names = [e.name for e in app.registry.entries("kernels")][:1] if settings.kernels == "auto" else settings.kernels
+    usable = [entry.name for entry in app.registry.entries("kernels") if not entry.reason(settings.device)]
+    names = usable[:1] if settings.kernels == "auto" else settings.kernels
     options = DecoderOptions(settings.dtype, settings.device, settings.metal_device, settings.threads)
     sides = [open_side(name, app.registry, options) for name in names]
     import torch
