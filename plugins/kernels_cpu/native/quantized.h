@@ -81,8 +81,8 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
     }
 }
 
-// With a single token memory is slower than the processor, and does not run far enough ahead by itself: this took decoding
-// from 150 to 200 tokens a second. The address may lie behind the last panel: no fault comes of it.
+// With a single token memory is slower than the processor, which does not read far enough ahead by itself. The address may
+// lie behind the last panel: no fault comes of it.
 template <int BYTES> static inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 8
     for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + kAhead + i, 0, 3);

@@ -19,6 +19,6 @@ def probe() -> str | None:
 
 @hookimpl
 def kernels() -> list[Offer]:
-    about = "a whole step in C++ on the CPU, straight from quantized weights"
+    about = "a whole step in C++ on the CPU, over packed quantized weights"
     # Before PyTorch, which has 0: on a machine with a GPU, `auto` looks for kernels that run there.
     return [Offer("cpu", "ruvllm_kernels_cpu.provider:CpuKernels", about, probe, priority=10, devices=("cpu",))]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import ruvllm_kernels_cpu
 from ruvllm_core.errors import ConfigError, PluginError
@@ -17,15 +19,17 @@ ISAS = ("auto", "generic", "avx2", "avx512")
 NAME = "libruvllm_cpu.dylib" if sys.platform == "darwin" else "libruvllm_cpu.so"
 
 
+def locate(package: ModuleType, distribution: str, name: str) -> Path | None:
+    """The library of a package; of an editable install it is in site-packages while the sources are elsewhere."""
+    folders = [Path(folder) for folder in package.__path__]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        folders.append(Path(str(importlib.metadata.distribution(distribution).locate_file(package.__name__))))
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
 def find() -> Path | None:
-    """The compiled library; of an editable install it is in site-packages while the sources are elsewhere."""
-    folders = [Path(folder) for folder in ruvllm_kernels_cpu.__path__]
-    try:
-        installed = importlib.metadata.distribution(DISTRIBUTION)
-        folders.append(Path(str(installed.locate_file("ruvllm_kernels_cpu"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+    """Our own compiled library."""
+    return locate(ruvllm_kernels_cpu, DISTRIBUTION, NAME)
 
 
 def missing() -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import platform
 import sys
 from pathlib import Path
 
 import ruvllm_kernels_cpu.library as cpu
+import ruvllm_kernels_neon
 from ruvllm_core.errors import ConfigError, PluginError
 
 DISTRIBUTION = "ruvllm-kernels-neon"
@@ -20,14 +20,8 @@ LEVELS = {"auto": -1, "neon": 0, "neon-dotprod": 1, "neon-i8mm": 2}
 
 
 def find() -> Path | None:
-    """The compiled library; of an editable install it is in site-packages while the sources are elsewhere."""
-    folders = [Path(__file__).parent]
-    try:
-        installed = importlib.metadata.distribution(DISTRIBUTION)
-        folders.append(Path(str(installed.locate_file("ruvllm_kernels_neon"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+    """The compiled library."""
+    return cpu.locate(ruvllm_kernels_neon, DISTRIBUTION, NAME)
 
 
 def missing() -> str | None:
