@@ -95,7 +95,7 @@ class Decoder(Protocol):
 
     Attributes:
         spec: the model.
-        kv_schemes: schemes its cache storage can have, the one it prefers first.
+        kv_schemes: schemes its cache storage can have, the one it prefers first, quantized ones (``q8``, ``q4``) last.
     """
 
     spec: ModelSpec
@@ -143,13 +143,20 @@ class KernelProvider(Protocol):
 
 @dataclass(frozen=True)
 class CacheContext:
-    """What a cache policy is built from."""
+    """What a cache policy is built from.
+
+    Attributes:
+        max_step: most tokens that one step adds to a sequence; 0 is a whole context.
+        options: the plugin's own settings, an instance of its ``Settings`` model, or None if it has none.
+    """
 
     spec: ModelSpec
     decoder: Decoder
     config: CacheConfig
     max_context: int
     max_sequences: int
+    max_step: int = 0
+    options: Any = None
 
 
 @dataclass(frozen=True)

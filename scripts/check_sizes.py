@@ -1,4 +1,4 @@
-"""Hold the code to its size limits: core, each plugin's hooks.py, and every single file."""
+"""Hold the code to its size limits: core, its conformance kit, each plugin's hooks.py, and every single file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 CORE_LINES = 5_000  # lines of code in ruvllm_core, below this; blank lines, comments and docstrings are free
+KIT_LINES = 600  # and in ruvllm_core.testing, the tests for plugins, which are counted by themselves
 HOOKS_LINES = 60  # of one plugin's hooks.py, at most
 FILE_LINES = 400  # of one file, at most
 
@@ -39,15 +40,17 @@ def code_lines(path: Path) -> int:
 def main() -> int:
     core = sorted((ROOT / "ruvllm_core").rglob("*.py"))
     plugins = sorted((ROOT / "plugins").glob("*/src/**/*.py"))
-    total = sum(map(code_lines, core))
-    problems = [f"{total} lines of code in core, must stay under {CORE_LINES}"] if total >= CORE_LINES else []
+    kit = sum(code_lines(path) for path in core if path.parent.name == "testing")
+    total = sum(map(code_lines, core)) - kit
+    limits = ((total, CORE_LINES, "core"), (kit, KIT_LINES, "the conformance kit"))
+    problems = [f"{n} lines of code in {what}, must stay under {limit}" for n, limit, what in limits if n >= limit]
     for path in (*core, *plugins):
         limit = HOOKS_LINES if path.name == "hooks.py" else FILE_LINES
         if (count := lines(path)) > limit:
             problems.append(f"{path.relative_to(ROOT)}: {count} lines, at most {limit}")
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"core: {total} of {CORE_LINES} lines of code in {len(core)} files; {len(plugins)} files in plugins")
+    print(f"core: {total} of {CORE_LINES} lines of code, its kit {kit} of {KIT_LINES}; {len(plugins)} files in plugins")
     return bool(problems)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ruvllm_core.decode.batch import Batch
-from ruvllm_core.decode.kv import KVStorage
+from ruvllm_core.decode.coded import coded_storage
+from ruvllm_core.decode.kv import STORE_BITS, KVStorage
 from ruvllm_core.decode.ops import AttentionInput
-from ruvllm_core.decode.reference import DTYPES, pick_device, reference_ops
+from ruvllm_core.decode.reference import DTYPES, pick_device, reference_ops, rope
 from ruvllm_core.decode.rope import rope_tables
 from ruvllm_core.log import get_logger
 from ruvllm_core.machine import available_memory, require_memory, usable_cpus
@@ -35,7 +36,7 @@ class EagerDecoder:
         # PyTorch knows OMP_NUM_THREADS, but not the limits of a control group.
         torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cpus()))
         self._dtype = _pick_dtype(spec, options, self._device)
-        self.kv_schemes = tuple(sorted(DTYPES, key=lambda scheme: DTYPES[scheme] != self._dtype))
+        self.kv_schemes = (*sorted(DTYPES, key=lambda scheme: DTYPES[scheme] != self._dtype), *STORE_BITS)
         self._ops = reference_ops(self._device, self._dtype).with_replacements(provider.ops())
         self._embed: Any = self._ops.prepare([weights["embed"]])
         self._head: Any = self._embed if spec.tied_embeddings else self._ops.prepare([weights["lm_head"]])
@@ -51,7 +52,13 @@ class EagerDecoder:
         self._deltas: WeakKeyDictionary[Adapter, dict[str, tuple[Tensor, Tensor, float]]] = WeakKeyDictionary()
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
-        dtype, spec = DTYPES[scheme], self.spec
+        spec = self.spec
+        if scheme in STORE_BITS:
+            # Which of two tables turned a key is not known here; no model with both has a key bias.
+            centered = spec.qkv_bias and spec.rope_scaling.kind != "longrope"
+            center = self._key_bias if centered else None
+            return coded_storage(spec, num_blocks, block_size, scheme, self._device, center)
+        dtype = DTYPES[scheme]
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         nbytes = 2 * spec.num_layers * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         keys, values = ([_zeros(shape, dtype, self._device) for _ in range(spec.num_layers)] for _ in range(2))
@@ -97,6 +104,12 @@ class EagerDecoder:
         self._embed = self._head = self._final_norm = None
         self._layers.clear()
         self._rope.clear()
+
+    def _key_bias(self, layer: int, positions: Tensor) -> Tensor:
+        """The bias as it stands in keys at `positions`, ``[M, K, D]``; in float32, as stored keys have more of it."""
+        bias = self._layers[layer]["attn.qkv.bias"].view(-1, self.spec.head_dim)[slice(*np.cumsum(self._heads)[:2])]
+        cos, sin = (table[positions.to(self._device)] for table in self._rope_table(0))
+        return rope(bias.float().expand(len(positions), -1, -1), cos, sin, self.spec.rope_interleaved)
 
     def _load_layer(self, weights: Weights, prefix: str) -> dict[str, Any]:
         norms = ("attn_norm", "mlp_norm")

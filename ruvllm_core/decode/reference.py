@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ruvllm_core.decode.kv import KVView, Segment
+from ruvllm_core.decode.coded import CodedStorage
+from ruvllm_core.decode.kv import KVStorage, KVView, Segment
 from ruvllm_core.decode.ops import AttentionInput, Ops
 from ruvllm_core.errors import ConfigError
 from ruvllm_core.model.quant import QuantTensor
@@ -20,6 +22,9 @@ from ruvllm_core.protocols import Decoder, DecoderOptions, Weights
 
 #: The arithmetic type of each float scheme.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_DECODED = 256  # tokens of a quantized segment that are floats at a time
+#: A segment, whether it is the newest, and the positions [low, high) to be read of it.
+_Run = tuple[Segment, bool, int, int]
 
 
 class TorchKernels:
@@ -127,50 +132,106 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def kv_append(view: KVView, layer: int, key: Tensor, value: Tensor) -> None:
-    storage = view.segments[-1].storage
-    block, offset = np.divmod(view.slots, storage.block_size)
+    _write(view.segments[-1].storage, layer, view.slots, key, value)
+    for move in view.moves:
+        source, target, at = move.source, move.target, torch.from_numpy(move.positions)
+        block, offset = _places(source, layer, move.from_slots)
+        key, value = (_floats(source, stored[layer][block, :, offset]) for stored in (source.keys, source.values))
+        if (center := _center(source, layer, at)) is not None:
+            key = key + center
+        if (center := _center(target, layer, at)) is not None:
+            key = key - center
+        _write(target, layer, move.to_slots, key, value)
+
+
+def _write(storage: KVStorage, layer: int, slots: npt.NDArray[np.int64], key: Tensor, value: Tensor) -> None:
+    """Store ``[T, K, D]`` at `slots`."""
     for target, new in ((storage.keys[layer], key), (storage.values[layer], value)):
-        if len(block) == 1:
-            target[block[0], :, offset[0]] = new[0]
+        rows = storage.encode(new) if isinstance(storage, CodedStorage) else new.to(target.dtype)
+        if len(slots) == 1:
+            block, offset = divmod(int(slots[0]), storage.block_size)
+            target[block, :, offset] = rows[0]
         else:
-            rows = torch.from_numpy(block).to(target.device), torch.from_numpy(offset).to(target.device)
-            target[rows[0], :, rows[1]] = new.to(target.dtype)
+            blocks, offsets = _places(storage, layer, slots)
+            target[blocks, :, offsets] = rows
+
+
+def _places(storage: KVStorage, layer: int, slots: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    device = storage.keys[layer].device
+    block, offset = np.divmod(slots, storage.block_size)
+    return torch.from_numpy(block).to(device), torch.from_numpy(offset).to(device)
+
+
+def _floats(storage: KVStorage, rows: Tensor) -> Tensor:
+    return storage.decode(rows) if isinstance(storage, CodedStorage) else rows
+
+
+def _center(storage: KVStorage, layer: int, positions: Tensor) -> Tensor | None:
+    """What was taken off the keys at `positions` ``[M]`` before they were stored, ``[M, K, D]``; None is nothing."""
+    if not isinstance(storage, CodedStorage) or storage.center is None:
+        return None
+    return storage.center(layer, positions)
 
 
 def attention(call: AttentionInput) -> Tensor:
     """Causal attention of each sequence over its segments, grouped queries sharing their key/value head."""
     parts = []
     for b, position in enumerate(call.positions):
-        query = call.query[call.cu_q[b] : call.cu_q[b + 1]]
-        spans = [span for segment in call.view.segments if (span := _span(call, segment, b, position)) is not None]
-        parts.append(_attend(query, spans, position, call))
+        rows = slice(call.cu_q[b], call.cu_q[b + 1])
+        limits = None if call.view.boundary is None else call.view.boundary[rows]
+        parts.append(_attend(call.query[rows], _runs(call, b, position, limits), b, position, limits, call))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _span(call: AttentionInput, segment: Segment, b: int, position: int) -> tuple[Tensor, Tensor, int] | None:
-    """Keys and values ``[K, L, D]`` of sequence b in a segment, and the position of the first; None if out of sight."""
-    length, start = int(segment.lengths[b]), int(segment.starts[b])
-    skip = 0 if call.window is None else max(0, position - call.window + 1 - start)
-    if skip >= length:
-        return None
-    storage, found = segment.storage, []
+def _runs(call: AttentionInput, b: int, position: int, limits: npt.NDArray[np.int32] | None) -> list[_Run]:
+    """What the tokens of sequence b see of each segment, in pieces if it has to be decoded."""
+    runs: list[_Run] = []
+    for segment in call.view.segments:
+        newest, start = segment is call.view.segments[-1], int(segment.starts[b])
+        low, high = start, start + int(segment.lengths[b])
+        if call.window is not None:
+            low = max(low, position - call.window + 1)
+        if limits is not None:
+            low, high = (max(low, int(limits.min())), high) if newest else (low, min(high, int(limits.max())))
+        step = _DECODED if isinstance(segment.storage, CodedStorage) else max(high - low, 1)
+        runs += [(segment, newest, at, min(at + step, high)) for at in range(low, high, step)]
+    return runs
+
+
+def _read(call: AttentionInput, segment: Segment, b: int, low: int, high: int) -> list[Tensor]:
+    """Keys and values ``[K, high - low, D]`` of sequence b at positions [low, high)."""
+    storage, start, found = segment.storage, int(segment.starts[b]), []
+    first, last = (low - start) // storage.block_size, (high - start - 1) // storage.block_size
+    skip = slice(low - start - first * storage.block_size, high - start - first * storage.block_size)
     for stored in (storage.keys[call.layer], storage.values[call.layer]):
-        if length <= storage.block_size:
-            run = stored[int(segment.block_table[b, 0]), :, skip:length]
+        if first == last:
+            run = stored[int(segment.block_table[b, first]), :, skip]
         else:
-            blocks = torch.from_numpy(segment.block_table[b, : -(-length // storage.block_size)]).to(stored.device)
-            run = stored[blocks].transpose(0, 1).flatten(1, 2)[:, skip:length]
-        found.append(run.to(call.query.dtype))
-    return found[0], found[1], start + skip
+            blocks = torch.from_numpy(segment.block_table[b, first : last + 1]).to(stored.device)
+            run = stored[blocks].transpose(0, 1).flatten(1, 2)[:, skip]
+        found.append(_floats(storage, run))
+    if (center := _center(storage, call.layer, torch.arange(low, high))) is not None:
+        found[0] = found[0] + center.transpose(0, 1)
+    return [one.to(call.query.dtype) for one in found]
 
 
-def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: int, call: AttentionInput) -> Tensor:
-    """Online softmax over spans (arXiv 2205.14135): ``query [n, H, D] -> [n, H, D]``."""
+def _attend(
+    query: Tensor,
+    runs: list[_Run],
+    b: int,
+    position: int,
+    limits: npt.NDArray[np.int32] | None,
+    call: AttentionInput,
+) -> Tensor:
+    """Online softmax over runs (arXiv 2205.14135): ``query [n, H, D] -> [n, H, D]``."""
     count, heads, dim = query.shape
-    kv_heads = spans[0][0].shape[0]
+    kv_heads = call.view.segments[0].storage.keys[call.layer].shape[1]
     group = heads // kv_heads
-    if len(spans) == 1 and call.softcap is None:
-        key, value, start = spans[0][0][None], spans[0][1][None], spans[0][2]
+    if limits is not None and limits.min() == limits.max():
+        limits = None  # the runs end where everybody's view does
+    if len(runs) == 1 and call.softcap is None and limits is None:
+        segment, _, start, stop = runs[0]
+        key, value = (one[None] for one in _read(call, segment, b, start, stop))
         if count == 1:  # the queries of a group are rows of one small product with their key/value head
             wide = query.view(1, kv_heads, group, dim)
             return F.scaled_dot_product_attention(wide, key, value, scale=call.scale).view(1, heads, dim)
@@ -184,12 +245,16 @@ def _attend(query: Tensor, spans: list[tuple[Tensor, Tensor, int]], position: in
     rows = query.view(count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
     best = torch.full((kv_heads, group * count, 1), -torch.inf, device=query.device)
     total = mixed = torch.zeros_like(best)
-    for key, value, start in spans:
+    for segment, newest, start, stop in runs:
+        key, value = _read(call, segment, b, start, stop)
         scores = (rows @ key.transpose(1, 2)).float() * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         if count > 1:
             mask = _mask(count, key.shape[1], position, start, call.window, query.device)
+            if limits is not None:
+                older = torch.arange(start, stop) < torch.from_numpy(limits)[:, None]
+                mask &= (~older if newest else older).to(query.device)
             scores = scores.masked_fill(~mask.repeat(group, 1), -torch.inf)
         top = torch.maximum(scores.amax(-1, keepdim=True), best)
         finite = torch.where(top == -torch.inf, 0.0, top)

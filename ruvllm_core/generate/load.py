@@ -79,7 +79,9 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
 
     def new_cache(max_sequences: int) -> p.KVCachePolicy:
-        return make_cache(p.CacheContext(model.spec, decoder, settings.cache, max_context, max_sequences))
+        own = registry.options(registry.entry("cache_policies", settings.cache.policy).plugin)
+        sizes = max_context, max_sequences, settings.prefill_chunk
+        return make_cache(p.CacheContext(model.spec, decoder, settings.cache, *sizes, own))
 
     options = registry.options(registry.entry("backends", settings.backend).plugin)
     backend = make_backend(p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options))
