@@ -2,7 +2,8 @@
 
 A head's vector is turned by a Hadamard matrix, which spreads outliers over all its values (QuaRot, arXiv 2404.00456);
 each group of values (`store_group`) then shares a scale d in f16, and a value is ``d * (code - middle)`` with codes of
-8 or 4 bits. Keys are centred first where there is a key bias: it is taken off, as it stands at the token's position.
+8 or 4 bits. Keys are centred first, so that codes are spent on what tells them apart (KIVI, arXiv 2402.02750): by the
+mean of their block, kept in 8 bits; and where there is a key bias, by that as it stands at the token's position.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ruvllm_core.decode.kv import STORE_BITS, KVStorage, store_group
+from ruvllm_core.decode.kv import STORE_BITS, KVStorage, store_group, store_row_bytes
 from ruvllm_core.model.spec import ModelSpec
 
 #: The key bias of a layer as it stands in keys at positions [M]: float32 ``[M, K, D]``.
@@ -28,48 +31,46 @@ _SHARES = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.8)}
 class CodedStorage(KVStorage):
     """Keys and values as rows of bytes, uint8 ``[N, K, S, bytes]`` a layer: codes, 4-bit ones in pairs, then scales.
 
+    Tokens come in whole blocks.
+
     Attributes:
         head_dim: D.
+        means: of the keys of each block, after they were turned, uint8 ``[N, K, D + 2]`` a layer, coded like a row.
         center: the key biases, or None if there are none.
     """
 
     head_dim: int = 0
-    center: Center | None = field(default=None, repr=False)
+    means: list[Tensor] = field(default_factory=list)
+    center: Center | None = None
 
-    def encode(self, x: Tensor) -> Tensor:
-        """``[..., D]`` as rows of bytes."""
-        bits, group = STORE_BITS[self.scheme], store_group(self.head_dim)
-        turned = (x.float() @ rotation(self.head_dim).to(x.device)).reshape(*x.shape[:-1], -1, group)
-        scale, codes = _codes(turned, bits)
-        codes = codes.flatten(-2)
-        if bits == 4:
-            codes = codes[..., 0::2] | codes[..., 1::2] << 4
-        return torch.cat((codes, scale[..., 0].contiguous().view(torch.uint8)), -1)
+    def write(self, layer: int, slots: npt.NDArray[np.int64], key: Tensor, value: Tensor) -> None:
+        """Store ``[T, K, D]``, whole blocks of which `slots` name each token's place in order."""
+        size, bits, group = self.block_size, STORE_BITS[self.scheme], store_group(self.head_dim)
+        blocks = torch.from_numpy(slots[::size] // size).to(key.device)
+        turned = [_turn(one).view(-1, size, *one.shape[1:]).transpose(1, 2) for one in (key, value)]
+        mean = turned[0].mean(2, keepdim=True)
+        self.means[layer][blocks] = _encode(mean, 8, self.head_dim)[:, :, 0]
+        turned[0] = turned[0] - _decode(_encode(mean, 8, self.head_dim), 8, self.head_dim)
+        for stored, one in zip((self.keys[layer], self.values[layer]), turned, strict=True):
+            stored[blocks] = _encode(one, bits, group)
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """Rows of bytes as float32 ``[..., D]``."""
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, less any bias, and values of whole blocks, float32 ``[n, K, S, D]``."""
         bits, dim = STORE_BITS[self.scheme], self.head_dim
-        codes, scale = rows[..., : dim * bits // 8], rows[..., dim * bits // 8 :].contiguous().view(torch.float16)
-        if bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-        groups = (codes.float() - _middle(bits)).reshape(*scale.shape, -1)
-        values: Tensor = (groups * scale.float()[..., None]).flatten(-2) @ rotation(dim).to(rows.device)
-        return values
+        key, value = (_decode(one[layer][blocks], bits, dim) for one in (self.keys, self.values))
+        return _turn(key + _decode(self.means[layer][blocks][:, :, None], 8, dim)), _turn(value)
 
 
 def coded_storage(
     spec: ModelSpec, num_blocks: int, block_size: int, scheme: str, device: torch.device, center: Center | None
 ) -> CodedStorage:
     """Zeroed storage of a quantized scheme."""
-    dim = spec.head_dim
-    width = dim * STORE_BITS[scheme] // 8 + 2 * (dim // store_group(dim))
-    shape = (num_blocks, spec.num_kv_heads, block_size, width)
-    keys, values = (
-        [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(spec.num_layers)] for _ in range(2)
-    )
-    return CodedStorage(
-        scheme, num_blocks, block_size, keys, values, 2 * spec.num_layers * math.prod(shape), dim, center
-    )
+    dim, layers = spec.head_dim, spec.num_layers
+    row = store_row_bytes(dim, scheme)
+    shapes = [(num_blocks, spec.num_kv_heads, block_size, row)] * 2 + [(num_blocks, spec.num_kv_heads, dim + 2)]
+    arrays = [[torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(layers)] for shape in shapes]
+    nbytes = layers * sum(map(math.prod, shapes))
+    return CodedStorage(scheme, num_blocks, block_size, arrays[0], arrays[1], nbytes, dim, arrays[2], center)
 
 
 @lru_cache(maxsize=8)
@@ -82,23 +83,37 @@ def rotation(dim: int) -> Tensor:
     return whole
 
 
+def _turn(x: Tensor) -> Tensor:
+    return x.float() @ rotation(x.shape[-1]).to(x.device)
+
+
+def _encode(x: Tensor, bits: int, group: int) -> Tensor:
+    """``[..., D]`` as rows of bytes, the scales of least squared error."""
+    x, middle = x.reshape(*x.shape[:-1], -1, group), _middle(bits)
+    top = x.abs().amax(-1, keepdim=True)
+    scale, codes, error = top, x, torch.full_like(top, torch.inf)
+    for share in _SHARES[bits]:
+        # Within what f16 holds, and never 0, by which codes are divided.
+        tried = (top * (share / middle)).half().clamp(6e-8, 65504.0).float()
+        found = (x / tried + middle).round().clamp(0, 2 * middle)
+        off = ((found - middle) * tried - x).square().sum(-1, keepdim=True)
+        better = off < error
+        scale, codes = torch.where(better, tried, scale), torch.where(better, found, codes)
+        error = torch.where(better, off, error)
+    packed = codes.to(torch.uint8).flatten(-2)
+    if bits == 4:
+        packed = packed[..., 0::2] | packed[..., 1::2] << 4
+    return torch.cat((packed, scale[..., 0].half().contiguous().view(torch.uint8)), -1)
+
+
+def _decode(rows: Tensor, bits: int, dim: int) -> Tensor:
+    """Rows of bytes as float32 ``[..., D]``."""
+    codes, scale = rows[..., : dim * bits // 8], rows[..., dim * bits // 8 :].contiguous().view(torch.float16).float()
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    values: Tensor = (codes.float() - _middle(bits)).reshape(*scale.shape, -1) * scale[..., None]
+    return values.flatten(-2)
+
+
 def _middle(bits: int) -> float:
     return 2.0 ** (bits - 1) - 0.5
-
-
-def _codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scales f16 ``[..., groups, 1]`` and codes uint8 ``[..., groups, group]``, of least squared error."""
-    top, middle = x.abs().amax(-1, keepdim=True), _middle(bits)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for share in _SHARES[bits]:
-        # A smaller scale than f16 holds is of no use, and none of 0 has to be divided by.
-        scale = (top * (share / middle)).half().clamp(6e-8, 65504.0)
-        codes = (x / scale.float() + middle).round().clamp(0, 2 * middle)
-        error = ((codes - middle) * scale.float() - x).square().sum(-1, keepdim=True)
-        if best is None:
-            best = error, scale, codes
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, codes), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best[1], best[2].to(torch.uint8)

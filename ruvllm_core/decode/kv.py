@@ -60,7 +60,8 @@ class Move:
 
     Attributes:
         source, target: storages; keys and values are turned into the target's scheme. May be the same one.
-        from_slots, to_slots: int64 ``[M]``, as in `KVView.slots`; none of `to_slots` is among `from_slots`.
+        from_slots, to_slots: int64 ``[M]``, as in `KVView.slots`; none of `to_slots` is among `from_slots`. Of a
+            quantized target they are whole blocks in order.
         positions: int64 ``[M]``, of each token in its sequence.
     """
 
@@ -92,8 +93,13 @@ class KVView:
 def bytes_per_token(spec: ModelSpec, scheme: str) -> int:
     """Bytes that keys and values of one token take in all layers."""
     dim = spec.head_dim
-    row = dim * STORE_BITS[scheme] // 8 + 2 * (dim // store_group(dim)) if scheme in STORE_BITS else None
-    return 2 * spec.num_layers * spec.num_kv_heads * (row or SCHEMES[scheme].row_bytes(dim))
+    row = store_row_bytes(dim, scheme) if scheme in STORE_BITS else SCHEMES[scheme].row_bytes(dim)
+    return 2 * spec.num_layers * spec.num_kv_heads * row
+
+
+def store_row_bytes(head_dim: int, scheme: str) -> int:
+    """Bytes of one head's key or value in a quantized scheme, without the mean that a block of keys has beside it."""
+    return head_dim * STORE_BITS[scheme] // 8 + 2 * (head_dim // store_group(head_dim))
 
 
 def store_group(head_dim: int) -> int:

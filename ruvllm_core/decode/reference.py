@@ -136,7 +136,7 @@ def kv_append(view: KVView, layer: int, key: Tensor, value: Tensor) -> None:
     for move in view.moves:
         source, target, at = move.source, move.target, torch.from_numpy(move.positions)
         block, offset = _places(source, layer, move.from_slots)
-        key, value = (_floats(source, stored[layer][block, :, offset]) for stored in (source.keys, source.values))
+        key, value = (one[torch.arange(len(at)), :, offset] for one in _floats(source, layer, block))
         if (center := _center(source, layer, at)) is not None:
             key = key + center
         if (center := _center(target, layer, at)) is not None:
@@ -146,14 +146,16 @@ def kv_append(view: KVView, layer: int, key: Tensor, value: Tensor) -> None:
 
 def _write(storage: KVStorage, layer: int, slots: npt.NDArray[np.int64], key: Tensor, value: Tensor) -> None:
     """Store ``[T, K, D]`` at `slots`."""
+    if isinstance(storage, CodedStorage):
+        return storage.write(layer, slots, key, value)
     for target, new in ((storage.keys[layer], key), (storage.values[layer], value)):
-        rows = storage.encode(new) if isinstance(storage, CodedStorage) else new.to(target.dtype)
         if len(slots) == 1:
             block, offset = divmod(int(slots[0]), storage.block_size)
-            target[block, :, offset] = rows[0]
+            target[block, :, offset] = new[0]
         else:
             blocks, offsets = _places(storage, layer, slots)
-            target[blocks, :, offsets] = rows
+            target[blocks, :, offsets] = new.to(target.dtype)
+    return None
 
 
 def _places(storage: KVStorage, layer: int, slots: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -162,12 +164,15 @@ def _places(storage: KVStorage, layer: int, slots: npt.NDArray[np.int64]) -> tup
     return torch.from_numpy(block).to(device), torch.from_numpy(offset).to(device)
 
 
-def _floats(storage: KVStorage, rows: Tensor) -> Tensor:
-    return storage.decode(rows) if isinstance(storage, CodedStorage) else rows
+def _floats(storage: KVStorage, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole blocks, ``[n, K, S, D]``."""
+    if isinstance(storage, CodedStorage):
+        return storage.read(layer, blocks)
+    return storage.keys[layer][blocks], storage.values[layer][blocks]
 
 
 def _center(storage: KVStorage, layer: int, positions: Tensor) -> Tensor | None:
-    """What was taken off the keys at `positions` ``[M]`` before they were stored, ``[M, K, D]``; None is nothing."""
+    """The bias that was taken off the keys at `positions` ``[M]``, ``[M, K, D]``; None is nothing."""
     if not isinstance(storage, CodedStorage) or storage.center is None:
         return None
     return storage.center(layer, positions)
@@ -200,16 +205,16 @@ def _runs(call: AttentionInput, b: int, position: int, limits: npt.NDArray[np.in
 
 def _read(call: AttentionInput, segment: Segment, b: int, low: int, high: int) -> list[Tensor]:
     """Keys and values ``[K, high - low, D]`` of sequence b at positions [low, high)."""
-    storage, start, found = segment.storage, int(segment.starts[b]), []
+    storage, start = segment.storage, int(segment.starts[b])
     first, last = (low - start) // storage.block_size, (high - start - 1) // storage.block_size
     skip = slice(low - start - first * storage.block_size, high - start - first * storage.block_size)
-    for stored in (storage.keys[call.layer], storage.values[call.layer]):
-        if first == last:
-            run = stored[int(segment.block_table[b, first]), :, skip]
-        else:
-            blocks = torch.from_numpy(segment.block_table[b, first : last + 1]).to(stored.device)
-            run = stored[blocks].transpose(0, 1).flatten(1, 2)[:, skip]
-        found.append(_floats(storage, run))
+    if first == last and not isinstance(storage, CodedStorage):  # a view, no copy
+        block = int(segment.block_table[b, first])
+        found = [stored[call.layer][block, :, skip] for stored in (storage.keys, storage.values)]
+    else:
+        blocks = torch.from_numpy(segment.block_table[b, first : last + 1]).to(storage.keys[call.layer].device)
+        both = _floats(storage, call.layer, blocks)
+        found = [run.transpose(0, 1).flatten(1, 2)[:, skip] for run in both]
     if (center := _center(storage, call.layer, torch.arange(low, high))) is not None:
         found[0] = found[0] + center.transpose(0, 1)
     return [one.to(call.query.dtype) for one in found]
