@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ruvllm_core.decode.batch import Batch
-from ruvllm_core.decode.lora import apply_final
+from ruvllm_cli.steps import Steps
 from ruvllm_core.errors import RequestError
 from ruvllm_core.model.spec import ModelSpec, llama_tensor_names
 from ruvllm_core.protocols import Adapter, LowRank
 
 if TYPE_CHECKING:
     from ruvllm_core.generate.load import Parts
-
-_IDS = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -118,66 +114,40 @@ class Runner:
     """
 
     def __init__(self, parts: Parts, work: Workload, chunk: int) -> None:
-        if work.capacity > parts.info.max_context:
-            raise RequestError(
-                f"depth, prefill and decode are {work.capacity} tokens, the context holds {parts.info.max_context}",
-                hint="measure fewer, or raise max_context if the model allows it",
-            )
-        self._spec, self._decoder, self._chunk = parts.model.spec, parts.decoder, chunk
-        self._depth = work.depth
-        self._adapter: Adapter | None = None
-        self._cache = parts.new_cache(work.sequences)
+        check_context(parts, work.capacity)
+        spec, cache = parts.model.spec, parts.new_cache(work.sequences)
+        self._steps = Steps(parts.decoder, cache, spec.rope_variant(work.capacity), chunk)
+        self._depth, self._cache = work.depth, cache
         self._names = [f"bench-{number}" for number in range(work.sequences)]
-        self._variant = self._spec.rope_variant(work.capacity)
         shape = (work.sequences, work.depth + work.prefill)
-        self._prompts = np.random.default_rng(0).integers(0, self._spec.vocab_size, shape)
+        self._prompts = np.random.default_rng(0).integers(0, spec.vocab_size, shape)
         for name, prompt in zip(self._names, self._prompts, strict=True):
             self._cache.open(name, prompt.tolist(), work.capacity)
-            self._compute(name, prompt, 0, work.depth)
+            self._steps.prefill(name, prompt, 0, work.depth)
         self.kv_bytes = self._cache.stats().allocated_bytes
         self.run(min(work.prefill, 32), min(work.decode, 2))
 
     def run(self, prefill: int, decode: int, adapter: Adapter | None = None) -> tuple[float, float]:
         """Seconds for `prefill` tokens of every sequence, and then for `decode` steps, all of them with `adapter`."""
-        self._adapter = adapter
+        self._steps.adapter = adapter
         begin = time.perf_counter()
         hidden = [
-            self._compute(name, prompt, self._depth, self._depth + prefill)
+            self._steps.prefill(name, prompt, self._depth, self._depth + prefill)
             for name, prompt in zip(self._names, self._prompts, strict=True)
         ]
-        tokens = self._decoder.logits(np.concatenate(hidden)).argmax(-1)
+        tokens = self._steps.likeliest(np.concatenate(hidden))
         middle = time.perf_counter()
-        for step in range(decode):
-            position = self._depth + prefill + step
-            tokens = self._decoder.logits(self._forward(self._names, tokens, position)).argmax(-1)
+        self._steps.decode(self._names, tokens, self._depth + prefill, decode)
         end = time.perf_counter()
         for name in self._names:
             self._cache.truncate(name, self._depth)
         return middle - begin, end - middle
 
-    def _compute(self, name: str, prompt: _IDS, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Prefill positions ``[start, stop)`` in chunks; the hidden state of the last one, ``[1, C]``."""
-        hidden = np.empty((0, self._spec.hidden_size), dtype=np.float32)
-        for position in range(start, stop, self._chunk):
-            hidden = self._forward([name], prompt[position : min(position + self._chunk, stop)], position)
-        return hidden
 
-    def _forward(self, names: Sequence[str], tokens: _IDS, position: int) -> npt.NDArray[np.float32]:
-        """Compute as many tokens for each of `names`, from `position` on; hidden states of the last of each."""
-        each = len(tokens) // len(names)
-        for name in names:
-            self._cache.extend(name, each)
-        ends = np.arange(1, len(names) + 1) * each
-        batch = Batch(
-            tokens=np.ascontiguousarray(tokens, dtype=np.int64),
-            positions=np.tile(np.arange(position, position + each, dtype=np.int64), len(names)),
-            cu_q=np.concatenate([[0], ends]).astype(np.int32),
-            rows=ends.astype(np.int64) - 1,
-            kv=self._cache.view(names),
-            rope_variants=np.full(len(names), self._variant, dtype=np.uint8),
+def check_context(parts: Parts, tokens: int) -> None:
+    """Raise `RequestError` if sequences of so many tokens do not fit."""
+    if tokens > parts.info.max_context:
+        raise RequestError(
+            f"depth, prefill and decode are {tokens} tokens, the context holds {parts.info.max_context}",
+            hint="measure fewer, or raise max_context if the model allows it",
         )
-        batch.adapters = (self._adapter,) * len(names) if self._adapter else ()
-        hidden = apply_final(self._decoder.forward(batch), batch)
-        for name in names:
-            self._cache.commit(name)
-        return hidden

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import click
@@ -110,6 +111,66 @@ def attention(
         print_table(title, list(rows[0]), [[_shown(value) for value in row.values()] for row in rows])
     head = {"operations": operations, "threads": threads, "dtype": scheme, **more}
     print_json({"benchmark": "attention", **head, "results": rows})
+
+
+@command.command("kv")
+@click.argument("model")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME[,SETTING=VALUE…]",
+    help="A cache policy, with settings of its plugin; may be repeated. Without it, all that are installed.",
+)
+@click.option("--depth", "depths", multiple=True, type=click.IntRange(1), help="Tokens in the cache; may be repeated.")
+@click.option("--decode", type=click.IntRange(1), default=16, show_default=True, help="Generated tokens.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Medians of as many runs.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write OUTPUT.png and OUTPUT.json.")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
+@pass_app
+def kv(
+    app: App,
+    /,
+    model: str,
+    policies: tuple[str, ...],
+    depths: tuple[int, ...],
+    output: Path | None,
+    as_json: bool,
+    **sizes: int,
+) -> None:
+    """Measure memory and speed of cache policies with MODEL, as a sequence grows.
+
+    Each policy holds one sequence of arbitrary tokens, which grows to each --depth (512, 2048 and 4096 if the model
+    allows it); there, single tokens are generated and timed, the policies in turn. kv_mb is what keys and values in use
+    take, in MiB. The picture needs matplotlib (pip install 'ruvllm-cli[plot]').
+    """
+    from ruvllm_cli import bench_kv
+    from ruvllm_core.generate.load import load_parts
+
+    if output is not None:
+        bench_kv.check_plot()
+    cases = [bench_kv.Case.parse(text) for text in policies or [e.name for e in app.registry.entries("cache_policies")]]
+    for case in cases:
+        app.registry.entry("cache_policies", case.policy)  # a misspelt one is found before gigabytes are read
+    app.set("model", model)
+    if depths and app.settings.max_context is None:
+        app.set("max_context", max(depths) + sizes["decode"])
+    settings = app.settings
+    parts = load_parts(settings, app.registry)
+    with closing(parts.model), closing(parts.decoder), closing(parts.backend):
+        room = parts.info.max_context - sizes["decode"]
+        depths = depths or tuple(depth for depth in (512, 2048, 4096) if depth <= room) or (max(room, 1),)
+        rows = list(bench_kv.measure(parts, settings, app.registry, cases, depths, **sizes))
+    about = {"model": parts.info.model, "scheme": parts.info.scheme, "kernels": parts.info.kernels, **sizes}
+    result = {"benchmark": "kv", **about, "threads": settings.threads or _threads(), "results": rows}
+    if not as_json:
+        shown = [[_shown(value) for name, value in row.items() if not name.endswith("_runs")] for row in rows]
+        print_table("bench kv", [name for name in rows[0] if not name.endswith("_runs")], shown)
+    print_json(result)
+    if output is not None:
+        files = bench_kv.write(result, f"{parts.info.model}, {parts.info.scheme}, kernels {parts.info.kernels}", output)
+        click.echo(f"written: {files[0]}, {files[1]}", err=True)
 
 
 def _first_token(app: App, model: str, repeats: int) -> dict[str, Any]:
