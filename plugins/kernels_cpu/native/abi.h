@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#define RV_ABI_VERSION 3
+#define RV_ABI_VERSION 4
 #define RV_API extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -13,8 +13,8 @@ enum RvScheme : int32_t {
     RV_Q2_K = 10, RV_Q3_K = 11, RV_Q4_K = 12, RV_Q5_K = 13, RV_Q6_K = 14, RV_BF16 = 30,
 };
 
-// How keys and values are stored.
-enum RvKvType : int32_t { RV_KV_F32 = 0, RV_KV_F16 = 1, RV_KV_BF16 = 2 };
+// How keys and values are stored: floats, or as store.h says.
+enum RvKvType : int32_t { RV_KV_F32 = 0, RV_KV_F16 = 1, RV_KV_BF16 = 2, RV_KV_Q8 = 3, RV_KV_Q4 = 4 };
 
 enum RvActivation : int32_t { RV_SILU = 0, RV_GELU_TANH = 1, RV_GELU = 2 };
 
@@ -41,7 +41,8 @@ struct RvModel {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, rope_dim;
     int32_t rope_interleaved, activation;
     float eps, scale, attention_softcap, logit_softcap;  // a cap of 0 is none
-    int32_t activation_bits, unused;  // 16 or 8: of what quantized weights are multiplied with
+    int32_t activation_bits;  // 16 or 8: of what quantized weights are multiplied with
+    int32_t center_keys;      // quantized keys are stored less their bias as it stands at their position
     RvMatrix embed, head;
     const float* final_norm;
     const RvLayer* layer;
@@ -52,8 +53,19 @@ struct RvSegment {
     const int32_t* table;    // [B, table_stride]
     const int32_t* lengths;  // [B]
     const int32_t* starts;   // [B]
-    void* const* keys;       // [layers], each [N, K, S, D]
+    void* const* keys;       // [layers], each [N, K, S, D], or of quantized types as store.h says
     void* const* values;
+    void* const* means;      // of quantized types only
+};
+
+// Tokens that are copied in every layer, once new ones are written and before attention reads any; of the segments only
+// the storages count. Slots as in RvBatch; to_slots of a quantized target are whole blocks in order.
+struct RvMove {
+    RvSegment source, target;
+    int64_t count;
+    const int64_t* from_slots;  // [count]
+    const int64_t* to_slots;    // [count], none of them among from_slots
+    const int64_t* positions;   // [count]
 };
 
 // What one adapter adds at one matrix: scale * b (a x), with a [rank, in] and b turned to [rank, out]. Rank 0: nothing.
@@ -75,6 +87,9 @@ struct RvBatch {
     const float* const* sin;
     const RvSegment* segments;
     const RvLowRank* const* adapters;  // null, or [B], each null or [layers][RV_SITES]
+    const int32_t* boundary;   // null, or [T]: a token reads the last segment from this position on, others before it
+    const RvMove* moves;       // in order
+    int64_t moves_count;
 };
 
 // Of one operation; each uses the fields it needs. Segments given to operations have the pointers of one layer only.

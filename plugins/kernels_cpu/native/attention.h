@@ -1,18 +1,10 @@
 // Attention with an online softmax (arXiv 2205.14135, 2307.08691): a tile of one sequence's tokens, all query heads of
 // one key/value head together, walks the keys of every segment once. Memory does not grow with the context.
 #pragma once
-#include "kernels.h"
-#include "lanes.h"
-#include "packed.h"
+#include "coded.h"
+#include "rows.h"
 
 namespace {
-
-constexpr float kUnseen = -1e30f;
-constexpr int kRowStep = kLanes == 16 ? 6 : 4;  // rows whose sums a loop keeps in registers
-constexpr int kWide = kLanes == 16 ? 4 : 2;     // registers of keys beside them
-
-// Up to so many rows are scored key by key, from where keys are stored; more are worth turning the keys.
-constexpr int64_t kFewRows = 8;
 
 template <int32_t TYPE> static inline V load_stored(const void* p, int64_t at) {
     if constexpr (TYPE == RV_KV_F16) return load_half((const uint16_t*)p + at);
@@ -26,20 +18,23 @@ template <int32_t TYPE> static inline float one_stored(const void* p, int64_t at
     return ((const float*)p)[at];
 }
 
-// Where the keys or values of a position begin, in elements.
-static inline int64_t stored_at(const RvSegment& segment, const AttentionTask& task, int64_t at) {
-    const int32_t block = segment.table[(int64_t)task.sequence * segment.table_stride + at / segment.block_size];
-    return (((int64_t)block * task.model->kv_heads + task.kv_head) * segment.block_size + at % segment.block_size) *
-           task.model->head_dim;
+// Where the keys or values [from, from + count) of a segment begin, in elements.
+static inline void find_places(const RvSegment& segment, const AttentionTask& task, int64_t from, int64_t count,
+                               int64_t* places) {
+    const int64_t size = segment.block_size, heads = task.model->kv_heads, dim = task.model->head_dim;
+    const int32_t* block = segment.table + (int64_t)task.sequence * segment.table_stride + from / size;
+    int64_t offset = from % size;
+    for (int64_t i = 0; i < count; block++, offset = 0) {
+        int64_t at = ((*block * heads + task.kv_head) * size + offset) * dim;
+        for (const int64_t stop = least(count, i + size - offset); i < stop; i++, at += dim) places[i] = at;
+    }
 }
 
-// Keys or values [from, from + count) of a segment as float [count, padded], zeros behind head_dim.
+// Keys or values at places as float [count, padded], zeros behind head_dim.
 template <int32_t TYPE>
-static void gather(const RvSegment& segment, const void* stored, const AttentionTask& task, int64_t from,
-                   int64_t count, int64_t padded, float* out) {
-    const int64_t dim = task.model->head_dim;
+static void gather(const void* stored, const int64_t* places, int64_t count, int64_t dim, int64_t padded, float* out) {
     for (int64_t i = 0; i < count; i++, out += padded) {
-        const int64_t at = stored_at(segment, task, from + i);
+        const int64_t at = places[i];
         int64_t k = 0;
         for (; k + kLanes <= dim; k += kLanes) store(out + k, load_stored<TYPE>(stored, at + k));
         for (; k < dim; k++) out[k] = one_stored<TYPE>(stored, at + k);
@@ -47,39 +42,7 @@ static void gather(const RvSegment& segment, const void* stored, const Attention
     }
 }
 
-// [kKeyTile][padded] to [padded][kKeyTile], of the first `count` keys rounded up to whole registers.
-static void turn_keys(const float* keys, int64_t count, int64_t padded, float* turned) {
-    for (int64_t key = 0; key < count; key += kLanes)
-        for (int64_t k = 0; k < padded; k += kLanes) {
-            V square[kLanes];
-            for (int i = 0; i < kLanes; i++) square[i] = load(keys + (key + i) * padded + k);
-            turn(square);
-            for (int i = 0; i < kLanes; i++) store(turned + (k + i) * kKeyTile + key, square[i]);
-        }
-}
-
-// scores[row][key], the keys as [padded][kKeyTile]: no sums across lanes.
-static void score_rows(const float* query, int64_t rows, int64_t padded, const float* turned, float* scores) {
-    for (int64_t r = 0; r < rows; r += kRowStep)
-        for (int64_t key = 0; key < kKeyTile; key += kWide * kLanes) {
-            V s[kRowStep][kWide] = {};
-            for (int64_t k = 0; k < padded; k++) {
-                V wide[kWide];
-#pragma GCC unroll 4
-                for (int j = 0; j < kWide; j++) wide[j] = load(turned + k * kKeyTile + key + j * kLanes);
-#pragma GCC unroll 6
-                for (int i = 0; i < kRowStep; i++)
-#pragma GCC unroll 4
-                    for (int j = 0; j < kWide; j++) s[i][j] += wide[j] * query[(r + i) * padded + k];
-            }
-#pragma GCC unroll 6
-            for (int i = 0; i < kRowStep; i++)
-#pragma GCC unroll 4
-                for (int j = 0; j < kWide; j++) store(scores + (r + i) * kKeyTile + key + j * kLanes, s[i][j]);
-        }
-}
-
-// The same for R rows, from keys as they are stored; head_dim is a multiple of a register.
+// scores[row][key] of R rows, from keys as they are stored; head_dim is a multiple of a register.
 template <int32_t TYPE, int R>
 static void score_few(const void* stored, const int64_t* places, int64_t count, int64_t dim, const float* query,
                       int64_t padded, float* scores) {
@@ -135,109 +98,63 @@ static inline void mix(const float* scores, int64_t count, int64_t padded, float
     mix_rows<R, 2>(scores, count, padded, mixed, value);
 }
 
-// run(tag of count) for a count in [1, kFewRows].
-template <class F> static inline void with_rows(int64_t count, F&& run) {
-    switch (count) {
-        case 1: return run(Tag<1>{});
-        case 2: return run(Tag<2>{});
-        case 3: return run(Tag<3>{});
-        case 4: return run(Tag<4>{});
-        case 5: return run(Tag<5>{});
-        case 6: return run(Tag<6>{});
-        case 7: return run(Tag<7>{});
-        default: return run(Tag<8>{});
-    }
-}
-
-// The rows of a task on their way through the keys.
-struct Rows {
-    int64_t count, full, group, padded;  // full: count rounded up to kRowStep
-    float *keys, *values, *query, *mixed, *scores, *best, *weight;
-};
-
-// One row of scores as the weights of its softmax so far; what came before fades with a larger maximum.
-static inline void soften(const AttentionTask& task, const Rows& rows, int64_t r, int64_t from, int64_t found) {
-    float* row = rows.scores + r * kKeyTile;
-    const float cap = task.model->attention_softcap;
-    const int64_t wide = round_up(found, kLanes), own = task.batch->positions[task.begin + r / rows.group];
-    if (cap > 0)
-        for (int64_t i = 0; i < wide; i += kLanes) store(row + i, vtanh(load(row + i) / cap) * cap);
-    for (int64_t i = most(0, least(found, own + 1 - from)); i < wide; i++) row[i] = kUnseen;
-    if (task.window)
-        for (int64_t i = 0; i < least(own - task.window + 1 - from, wide); i++) row[i] = kUnseen;
-    V top = load(row);
-    for (int64_t i = kLanes; i < wide; i += kLanes) top = vmax(top, load(row + i));
-    const float highest = largest(top), next = highest > rows.best[r] ? highest : rows.best[r];
-    if (next == kUnseen) {  // this token sees none of these keys
-        memset(row, 0, (size_t)wide * 4);
-        return;
-    }
-    V total{};
-    for (int64_t i = 0; i < wide; i += kLanes) {
-        const V p = vexp(load(row + i) - next);
-        store(row + i, p);
-        total += p;
-    }
-    if (next != rows.best[r]) {
-        const float fade = vexp(splat(rows.best[r] - next))[0];
-        float* mixed = rows.mixed + r * rows.padded;
-        rows.weight[r] *= fade;
-        for (int64_t k = 0; k < rows.padded; k += kLanes) store(mixed + k, load(mixed + k) * fade);
-        rows.best[r] = next;
-    }
-    rows.weight[r] += sum(total);
-}
-
 static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
 }
 
 // A tile of keys for few rows, and for many.
 template <int32_t TYPE>
-static void few_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t at, int64_t found) {
+static void few_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t from,
+                     const int64_t* places, int64_t count) {
     const void *keys = segment.keys[task.layer], *values = segment.values[task.layer];
-    const int64_t start = segment.starts[task.sequence], padded = rows.padded;
-    // What comes next is fetched ahead: this tile's values, and a row further on the keys of the next tile.
-    const int64_t length = segment.lengths[task.sequence], bytes = task.model->head_dim * (TYPE == RV_KV_F32 ? 4 : 2);
-    int64_t places[kKeyTile];
-    for (int64_t i = 0; i < found; i++) {
-        places[i] = stored_at(segment, task, at + i);
-        prefetch_row((const uint8_t*)values + places[i] * (TYPE == RV_KV_F32 ? 4 : 2), bytes);
-        if (at + kKeyTile + i < length)
-            prefetch_row((const uint8_t*)keys + stored_at(segment, task, at + kKeyTile + i) * (TYPE == RV_KV_F32 ? 4 : 2),
-                         bytes);
-    }
+    const int64_t dim = task.model->head_dim, padded = rows.padded;
     with_rows(rows.count, [&](auto tag) {
         constexpr int R = decltype(tag)::scheme;
-        score_few<TYPE, R>(keys, places, found, task.model->head_dim, rows.query, padded, rows.scores);
-        for (int64_t r = 0; r < R; r++) soften(task, rows, r, start + at, found);
-        mix<R>(rows.scores, found, padded, rows.mixed,
+        score_few<TYPE, R>(keys, places, count, dim, rows.query, padded, rows.scores);
+        for (int64_t r = 0; r < R; r++) soften(task, rows, r, from, round_up(count, kLanes));
+        mix<R>(rows.scores, count, padded, rows.mixed,
                [&](int64_t key, int64_t k) { return load_stored<TYPE>(values, places[key] + k); });
     });
 }
 
 template <int32_t TYPE>
-static void many_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t at,
-                      int64_t found) {
-    const int64_t padded = rows.padded;
-    gather<TYPE>(segment, segment.keys[task.layer], task, at, found, padded, rows.values);
-    turn_keys(rows.values, found, padded, rows.keys);
+static void many_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t from,
+                      const int64_t* places, int64_t count) {
+    const int64_t dim = task.model->head_dim, padded = rows.padded;
+    gather<TYPE>(segment.keys[task.layer], places, count, dim, padded, rows.values);
+    turn_keys(rows.values, count, padded, rows.keys);
     score_rows(rows.query, rows.full, padded, rows.keys, rows.scores);
-    for (int64_t r = 0; r < rows.count; r++) soften(task, rows, r, segment.starts[task.sequence] + at, found);
-    gather<TYPE>(segment, segment.values[task.layer], task, at, found, padded, rows.values);
+    for (int64_t r = 0; r < rows.count; r++) soften(task, rows, r, from, round_up(count, kLanes));
+    gather<TYPE>(segment.values[task.layer], places, count, dim, padded, rows.values);
     for (int64_t r = 0; r < rows.full; r += kRowStep)
-        mix<kRowStep>(rows.scores + r * kKeyTile, found, padded, rows.mixed + r * padded,
+        mix<kRowStep>(rows.scores + r * kKeyTile, count, padded, rows.mixed + r * padded,
                       [&](int64_t key, int64_t k) { return load(rows.values + key * padded + k); });
 }
 
 template <int32_t TYPE>
-static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, bool few) {
-    const int64_t start = segment.starts[task.sequence];
-    const int64_t low = most(0, task.low - start), high = least(segment.lengths[task.sequence], task.high - start);
-    for (int64_t at = low; at < high; at += kKeyTile) {
-        const int64_t found = least(kKeyTile, high - at);
-        if (few) few_rows<TYPE>(task, rows, segment, at, found);
-        else many_rows<TYPE>(task, rows, segment, at, found);
+static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, Seen seen, bool few) {
+    constexpr int64_t bytes = TYPE == RV_KV_F32 ? 4 : 2;
+    const int64_t start = segment.starts[task.sequence], row = task.model->head_dim * bytes;
+    int64_t found[2][kKeyTile], *places = found[0], *next = found[1];
+    int64_t count = least(kKeyTile, seen.high - seen.low);
+    find_places(segment, task, seen.low - start, count, places);
+    for (int64_t at = seen.low; at < seen.high; at += kKeyTile) {
+        const int64_t ahead = least(kKeyTile, seen.high - at - count);
+        find_places(segment, task, at + count - start, ahead, next);
+        if (few) {
+            // What comes next is fetched ahead: this tile's values, and the keys of the next one.
+            for (int64_t i = 0; i < count; i++)
+                prefetch_row((const uint8_t*)segment.values[task.layer] + places[i] * bytes, row);
+            for (int64_t i = 0; i < ahead; i++)
+                prefetch_row((const uint8_t*)segment.keys[task.layer] + next[i] * bytes, row);
+            few_rows<TYPE>(task, rows, segment, at, places, count);
+        } else {
+            many_rows<TYPE>(task, rows, segment, at, places, count);
+        }
+        int64_t* const done = places;
+        places = next;
+        next = done;
+        count = ahead;
     }
 }
 
@@ -256,21 +173,28 @@ static void attend(const AttentionTask& task) {
     rows.scores = rows.mixed + rows.full * rows.padded;
     rows.best = rows.scores + rows.full * kKeyTile;
     rows.weight = rows.best + rows.full;
+    rows.first = (int32_t*)(rows.weight + rows.full);
+    rows.last = rows.first + rows.full;
+    rows.rest = (float*)(rows.last + rows.full);
     const bool few = rows.count <= kFewRows && dim % (2 * kLanes) == 0;
     memset(rows.query, 0, (size_t)(rows.full * (2 * rows.padded + kKeyTile)) * 4);
-    if (!few) memset(rows.keys, 0, (size_t)(2 * kKeyTile * rows.padded) * 4);
-    for (int64_t r = 0; r < rows.count; r++) {
-        const float* from =
-            task.query + (task.begin + r / rows.group) * task.stride + (task.kv_head * rows.group + r % rows.group) * dim;
-        for (int64_t k = 0; k < dim; k++) rows.query[r * rows.padded + k] = from[k] * model.scale;
-    }
+    for (int64_t t = task.begin, r = 0; t < task.end; t++)
+        for (int64_t head = task.kv_head * rows.group; r < (t - task.begin + 1) * rows.group; r++, head++) {
+            const float* from = task.query + t * task.stride + head * dim;
+            for (int64_t k = 0; k < dim; k++) rows.query[r * rows.padded + k] = from[k] * model.scale;
+        }
     for (int64_t r = 0; r < rows.full; r++) rows.best[r] = kUnseen, rows.weight[r] = 0;
 
+    Coded coded;
     for (int64_t n = 0; n < task.batch->segments_count; n++) {
         const RvSegment& segment = task.batch->segments[n];
-        if (segment.type == RV_KV_F16) walk<RV_KV_F16>(task, rows, segment, few);
-        else if (segment.type == RV_KV_BF16) walk<RV_KV_BF16>(task, rows, segment, few);
-        else walk<RV_KV_F32>(task, rows, segment, few);
+        const Seen seen = look(task, rows, segment);
+        if (seen.low >= seen.high) continue;
+        if (segment.type == RV_KV_F16) walk<RV_KV_F16>(task, rows, segment, seen, few);
+        else if (segment.type == RV_KV_BF16) walk<RV_KV_BF16>(task, rows, segment, seen, few);
+        else if (segment.type == RV_KV_F32) walk<RV_KV_F32>(task, rows, segment, seen, few);
+        else if (segment.type == RV_KV_Q8) walk_coded<8>(task, rows, segment, seen, few, coded);
+        else walk_coded<4>(task, rows, segment, seen, few, coded);
     }
     for (int64_t r = 0; r < rows.count; r++) {
         const float* mixed = rows.mixed + r * rows.padded;

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kInnerTokens = 264;   // whose inner activations are in memory together
 constexpr int64_t kEmbedTokens = 16;    // after which the pages of their embeddings are let go
 constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
+constexpr int64_t kMovedTokens = 64;    // of one task; fewer in all are not worth waking threads for
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
@@ -113,7 +114,7 @@ void RvDecoder::adapt(const RvBatch& batch, int layer, int site, int64_t t, cons
 void RvDecoder::append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width) {
     const RvSegment& newest = batch.segments[batch.segments_count - 1];
     const int64_t dim = model_.head_dim, q = model_.heads * dim, kv = model_.kv_heads * dim;
-    const int64_t bytes = newest.type == RV_KV_F32 ? 4 : 2;
+    const int64_t bytes = newest.type == RV_KV_F32 ? 4 : 2;  // new tokens are written one by one, so never quantized
     each_token(batch.tokens_count, [&](int64_t t) {
         const int32_t b = owner_[(size_t)t];
         const int64_t at = batch.positions[t] * (model_.rope_dim / 2);
@@ -131,6 +132,25 @@ void RvDecoder::append(const RvBatch& batch, int layer, const float* x, float* q
     });
 }
 
+// One move after the other, each a block or a few tokens of one head at a time: those of one move write different bytes.
+void RvDecoder::carry_out(const RvBatch& batch, int layer) {
+    const float* bias = model_.center_keys ? layers_[(size_t)layer].source.sites[RV_K].bias : nullptr;
+    for (const RvMove* move = batch.moves; move < batch.moves + batch.moves_count; move++) {
+        const int64_t step = is_coded(move->target.type) ? move->target.block_size : kMovedTokens;
+        const int64_t pieces = (move->count + step - 1) / step, tasks = pieces * model_.kv_heads;
+        const auto run = [&](int64_t task, int worker) {
+            const int32_t head = (int32_t)(task / pieces);
+            const int64_t begin = task % pieces * step;
+            kernels_.move({&model_, move, layer, head, begin, std::min(begin + step, move->count),
+                           bias ? bias + head * model_.head_dim : nullptr, batch.cos[0], batch.sin[0],
+                           scratch_[(size_t)worker].data()});
+        };
+        if (move->count < kMovedTokens)
+            for (int64_t task = 0; task < tasks; task++) run(task, 0);
+        else pool_.run(tasks, run);
+    }
+}
+
 // Tiles of every sequence for each key/value head, those that see most keys first; where tokens are few, their keys are
 // split, for the sake of the threads, into runs that do not depend on how many there are.
 void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out) {
@@ -142,11 +162,13 @@ void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* que
             const int64_t end = std::min(begin + kQueryTile, (int64_t)batch.cu_q[b + 1]);
             const int64_t high = batch.positions[end - 1] + 1;
             const int64_t low = window ? std::max((int64_t)0, batch.positions[begin] - window + 1) : 0;
-            const int64_t keys = end - begin < kSmallTokens ? kSplitKeys : high - low;
+            const int64_t keys = end - begin < kSmallTokens ? kSplitKeys : high;
             for (int32_t head = 0; head < model_.kv_heads; head++)
-                for (int64_t from = low; from < high; from += keys)
-                    tasks_.push_back({&model_, &batch, layer, (int32_t)b, head, begin, end, from,
-                                      std::min(from + keys, high), window, query, stride, out, nullptr, nullptr});
+                for (int64_t from = low, to; from < high; from = to) {
+                    to = std::min(high, (from / keys + 1) * keys);
+                    tasks_.push_back({&model_, &batch, layer, (int32_t)b, head, begin, end, from, to, window, query,
+                                      stride, out, nullptr, nullptr});
+                }
         }
 }
 
@@ -238,6 +260,7 @@ void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
     const Product heads[] = {{&w[RV_Q], qkv, width}, {&w[RV_K], qkv + q, width}, {&w[RV_V], qkv + q + kv, width}};
     products(in, heads, 3);
     append(batch, n, x, qkv, width);
+    carry_out(batch, n);
     attention(batch, n, qkv, width, mixed);
 
     in = describe(mixed, count, q, quantized(w[RV_O]));

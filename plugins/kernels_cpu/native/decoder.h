@@ -45,6 +45,7 @@ struct RvDecoder {
     void products(const Activations& x, const Product* wanted, int count);
     void adapt(const RvBatch& batch, int layer, int site, int64_t t, const float* x, float* out) const;
     void append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width);
+    void carry_out(const RvBatch& batch, int layer);
     void plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
     void attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
     void feed_forward(const RvBatch& batch, int n, int64_t first, int64_t count);

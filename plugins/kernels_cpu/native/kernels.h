@@ -2,12 +2,14 @@
 #pragma once
 #include <cstdint>
 #include "abi.h"
+#include "store.h"
 
 constexpr int64_t kPanelRows = 16;  // rows of a matrix that a kernel takes together
 constexpr int64_t kQueryTile = 64;  // tokens whose queries walk the keys together
 constexpr int64_t kKeyTile = 64;
 constexpr int64_t kHeadStep = 32;   // heads are padded to a multiple of it: two of the widest registers
 constexpr int64_t kMaxTile = 16;    // the widest tile of tokens of any table
+constexpr int64_t kCodeStride = 128;  // bytes between rows of queries for quantized keys: no group is larger
 
 // A matrix of the model; of a quantized one also its panels (packed.h), else null.
 struct Matrix {
@@ -53,6 +55,17 @@ struct AttentionTask {
     float* scratch;      // attention_scratch(...) floats
 };
 
+// Tokens [begin, end) of a move, whole blocks of a quantized target, for one layer and key/value head.
+struct MoveTask {
+    const RvModel* model;
+    const RvMove* move;
+    int32_t layer, kv_head;
+    int64_t begin, end;
+    const float* bias;  // of this head's keys, [head_dim]; null: there is none, or quantized keys keep it
+    const float *cos, *sin;
+    float* scratch;  // attention_scratch(...) floats
+};
+
 struct Kernels {
     const char* name;
     int64_t tile;  // tokens that a kernel takes together
@@ -70,6 +83,7 @@ struct Kernels {
     void (*store_kv)(const float* x, int64_t n, int32_t type, void* out);
     void (*gated)(const float* gate, const float* up, int64_t n, int32_t activation, float* out);
     void (*attend)(const AttentionTask& task);
+    void (*move)(const MoveTask& task);
     void (*softcap)(float* x, int64_t n, float cap);
     // out [rows] += what an adapter adds for one token x [cols]
     void (*low_rank)(const RvLowRank& delta, const float* x, int64_t cols, float* out, int64_t rows);
@@ -80,10 +94,12 @@ inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F
 // Bytes of scratch for matrices of up to `cols` columns: a float panel.
 inline int64_t matmul_scratch(int64_t cols) { return cols * kPanelRows * 4 + 4096; }
 
+// Floats of scratch for a tile of keys and of values, and for each row its query, its values, its scores and numbers, and
+// what quantized segments need (Coded in coded.h).
 inline int64_t attention_scratch(const RvModel& m) {
     const int64_t dim = (m.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep;
-    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 8;
-    return 2 * kKeyTile * dim + rows * (2 * dim + kKeyTile + 2) + 64;
+    const int64_t rows = kQueryTile * (m.heads / m.kv_heads) + 16, groups = m.head_dim % 64 ? 1 : m.head_dim / 64;
+    return 2 * kKeyTile * dim + rows * (4 * dim + kKeyTile + 8 + groups * (2 + kCodeStride / 2)) + 1024;
 }
 
 extern const Kernels kGeneric;

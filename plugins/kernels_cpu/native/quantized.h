@@ -2,6 +2,7 @@
 //   Dot<BITS> for weights of so many bits: start, add a quad, and flush, at the latest after `run` quads;
 //   centred: weights kept as q + 128 are taken as q.
 #pragma once
+#include "float.h"
 #include "kernels.h"
 #include "lanes.h"
 #include "packed.h"
@@ -171,22 +172,26 @@ static inline float top_of(const float* x) {
     return found > 1e-36f ? found : 0;  // its reciprocal has to be finite
 }
 
+// Values within 127 as q, and as r if it is not null; returns them in units of 1/256.
+static inline V split_bytes(V scaled, int8_t* q, int8_t* r) {
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
+    const V shifted = scaled + magic, whole = shifted - magic;
+    V rest{};
+    if (r) {
+        rest = vmin(vmax((scaled - whole) * 256.0f, splat(-127.0f)), splat(127.0f)) + magic;
+        store_bytes(r, (VI)rest - 0x4b400000);
+        rest = rest - magic;
+    }
+    store_bytes(q, (VI)shifted - 0x4b400000);
+    return whole * 256.0f + rest;
+}
+
 // 32 values as q, and as r if it is not null, with the sums of each half in units of top / (127 * 256).
 static inline void two_bytes(const float* x, float top, int8_t* q, int8_t* r, int32_t* sums) {
-    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
     const float inverse = top > 0 ? 127.0f / top : 0.0f;
     V half[2] = {};  // sums of integers below 2^19, exact
-    for (int i = 0; i < 32; i += kLanes) {
-        const V scaled = load(x + i) * inverse, shifted = scaled + magic, whole = shifted - magic;
-        V rest{};
-        if (r) {
-            rest = vmin(vmax((scaled - whole) * 256.0f, splat(-127.0f)), splat(127.0f)) + magic;
-            store_bytes(r + i, (VI)rest - 0x4b400000);
-            rest = rest - magic;
-        }
-        store_bytes(q + i, (VI)shifted - 0x4b400000);
-        half[i / 16] += whole * 256.0f + rest;
-    }
+    for (int i = 0; i < 32; i += kLanes)
+        half[i / 16] += split_bytes(load(x + i) * inverse, q + i, r ? r + i : nullptr);
     sums[0] = (int32_t)sum(half[0]);
     sums[1] = (int32_t)sum(half[1]);
 }

@@ -3,8 +3,9 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "matmul.h"
+#include "moves.h"
 #include "pack.h"
 
 #define RV_TABLE(NAME) \
-    {NAME, kTile, norm, quantize, pack, matmul, decode_row, rope, store_kv, gated, attend, softcap, \
+    {NAME, kTile, norm, quantize, pack, matmul, decode_row, rope, store_kv, gated, attend, move, softcap, \
      low_rank}

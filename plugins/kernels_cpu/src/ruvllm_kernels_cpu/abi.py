@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 3
+VERSION = 4
 #: Matrices of a layer in the order of the C structure.
 SITES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -37,7 +37,7 @@ class Model(Structure):
         *((name, c_int32) for name in ("vocab", "hidden", "inner", "layers", "heads", "kv_heads", "head_dim")),
         *((name, c_int32) for name in ("rope_dim", "rope_interleaved", "activation")),
         *((name, c_float) for name in ("eps", "scale", "attention_softcap", "logit_softcap")),
-        *((name, c_int32) for name in ("activation_bits", "unused")),
+        *((name, c_int32) for name in ("activation_bits", "center_keys")),
         ("embed", Matrix),
         ("head", Matrix),
         ("final_norm", c_void_p),
@@ -48,7 +48,16 @@ class Model(Structure):
 class Segment(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("type", "block_size", "table_stride", "unused")),
-        *((name, c_void_p) for name in ("table", "lengths", "starts", "keys", "values")),
+        *((name, c_void_p) for name in ("table", "lengths", "starts", "keys", "values", "means")),
+    ]
+
+
+class Move(Structure):
+    _fields_ = [
+        ("source", Segment),
+        ("target", Segment),
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("from_slots", "to_slots", "positions")),
     ]
 
 
@@ -62,8 +71,8 @@ class BatchArgs(Structure):
         ("sequences", c_int64),
         *((f"{name}_count", c_int64) for name in ("rows", "segments")),
         *((name, c_void_p) for name in ("tokens", "positions", "cu_q", "rows", "slots", "cos", "sin")),
-        ("segments", c_void_p),
-        ("adapters", c_void_p),
+        *((name, c_void_p) for name in ("segments", "adapters", "boundary", "moves")),
+        ("moves_count", c_int64),
     ]
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ruvllm_core.decode.batch import Batch
-from ruvllm_core.decode.kv import KVStorage
+from ruvllm_core.decode.kv import STORE_BITS, KVStorage
 from ruvllm_core.decode.rope import rope_tables
 from ruvllm_core.errors import ConfigError, GenerationError, OutOfMemoryError
 from ruvllm_core.machine import require_memory, usable_cpus
 from ruvllm_core.model.quant import FLOAT_SCHEMES
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
-from ruvllm_kernels_cpu import arguments
+from ruvllm_kernels_cpu import arguments, storage
 from ruvllm_kernels_cpu.adapters import AdapterTables
 from ruvllm_kernels_cpu.library import load
 from ruvllm_kernels_cpu.model import describe
@@ -35,7 +33,8 @@ class CpuDecoder:
     ) -> None:
         self.spec = spec
         first = {"float32": "f32", "bfloat16": "bf16"}.get(options.dtype, "f16")
-        self.kv_schemes: tuple[str, ...] = tuple(sorted(arguments.KV_TYPES, key=lambda scheme: scheme != first))
+        floats = sorted(storage.FLOATS, key=lambda scheme: scheme != first)
+        self.kv_schemes: tuple[str, ...] = (*floats, *STORE_BITS)
         self.threads = options.threads or usable_cpus()
         self._max_context = options.max_context
         self._rope: dict[int, tuple[FloatArray, FloatArray]] = {}
@@ -48,17 +47,9 @@ class CpuDecoder:
         self._check(self._library.rv_open(model, table, self.threads, ctypes.byref(self._handle)))
 
     def allocate_kv(self, num_blocks: int, block_size: int, scheme: str) -> KVStorage:
-        if scheme not in arguments.KV_TYPES:
+        if scheme not in self.kv_schemes:
             raise ConfigError(f"cache.precision {scheme}: kernels cpu have {', '.join(self.kv_schemes)}")
-        spec, dtype = self.spec, arguments.KV_TYPES[scheme][1]
-        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        nbytes = 2 * spec.num_layers * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        require_memory(nbytes, "keys and values", "set a smaller max_context, or cache.precision f16")
-
-        def run() -> list[npt.NDArray[Any]]:  # zeroed pages take no memory until they are written
-            return [np.zeros(shape, dtype) for _ in range(spec.num_layers)]
-
-        return KVStorage(scheme, num_blocks, block_size, run(), run(), nbytes)
+        return storage.allocate(self.spec, num_blocks, block_size, scheme)
 
     def forward(self, batch: Batch) -> FloatArray:
         handle = self._open()

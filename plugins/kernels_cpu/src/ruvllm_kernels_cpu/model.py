@@ -78,6 +78,8 @@ def describe(spec: ModelSpec, weights: Weights, activation_bits: int) -> tuple[a
         attention_softcap=spec.attention_softcap or 0.0,
         logit_softcap=spec.logit_softcap or 0.0,
         activation_bits=activation_bits,
+        # Which of two tables turned a key is not known where it is stored; no model with both has a key bias.
+        center_keys=spec.qkv_bias and spec.rope_scaling.kind != "longrope",
         embed=embed,
         head=embed if spec.tied_embeddings else matrix("lm_head"),
         final_norm=vector("final_norm"),

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ruvllm_core.decode import reference
+from ruvllm_core.decode.coded import CodedStorage
 from ruvllm_core.decode.kv import KVView, Segment
 from ruvllm_core.decode.ops import AttentionInput
 from ruvllm_core.errors import ConfigError, OutOfMemoryError
@@ -145,6 +147,9 @@ class CpuOps:
         return out
 
     def kv_append(self, view: KVView, layer: int, key: Tensor, value: Tensor) -> None:
+        """The reference does it where tokens are moved, or storages are quantized: here only whole steps do."""
+        if _has_tiers(view):
+            return reference.kv_append(view, layer, key, value)
         keep: list[Any] = []
         segment, shape = _segment(view.segments[-1], layer, key.shape[1], key.shape[2], keep)
         key = _floats(key, "key", (len(view.slots), shape.kv_heads, shape.head_dim))
@@ -155,8 +160,12 @@ class CpuOps:
         if len(slots):
             where = slots.ctypes.data, len(slots)
             self._call("rv_op_kv_append", segment, shape, *where, key.data_ptr(), value.data_ptr())
+        return None
 
     def attention(self, call: AttentionInput) -> Tensor:
+        """The reference does it where segments overlap or are quantized."""
+        if _has_tiers(call.view):
+            return reference.attention(call)
         keep: list[Any] = []
         query = _floats(call.query, "query", (None, None, None))
         count, heads, dim = query.shape
@@ -195,6 +204,11 @@ class CpuOps:
     def _call(self, name: str, *arguments: Any) -> None:
         with self._lock:
             _check(getattr(self._library, name)(self._handle, *arguments))
+
+
+def _has_tiers(view: KVView) -> bool:
+    coded = any(isinstance(segment.storage, CodedStorage) for segment in view.segments)
+    return coded or bool(view.moves) or view.boundary is not None
 
 
 def _floats(x: Tensor, name: str, shape: tuple[int | None, ...]) -> Tensor:
