@@ -59,9 +59,19 @@ class TwoTierKVCache:
     def __init__(self, config: KVCacheConfig | None = None, *, num_kv_heads: int, head_dim: int) -> None:
         config = config or KVCacheConfig()
         limit, options = config.max_tokens, CacheSettings(**config.model_dump())
-        heads = {"num_heads": num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "num_layers": 1}
-        sizes = {"vocab_size": 1, "hidden_size": num_kv_heads * head_dim, "intermediate_size": 1, "max_context": limit}
-        self._spec = spec = ModelSpec("one layer", **heads, **sizes, norm_eps=1e-5, rope_dim=2)
+        self._spec = spec = ModelSpec(
+            architecture="one layer",
+            vocab_size=1,
+            hidden_size=num_kv_heads * head_dim,
+            intermediate_size=1,
+            num_layers=1,
+            num_heads=num_kv_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            norm_eps=1e-5,
+            max_context=limit,
+            rope_dim=2,
+        )
         # A policy asks a decoder for storage and for nothing else.
         storages = cast(Decoder, _Storages(spec))
         self._cache = TwoTierCache(CacheContext(spec, storages, CacheConfig(), limit, 1, min(limit, _STEP), options))
