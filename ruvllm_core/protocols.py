@@ -186,8 +186,8 @@ class KVCachePolicy(Protocol):
     def view(self, sequences: Sequence[str]) -> KVView:
         """What attention sees, with slots for the tokens last made room for."""
 
-    def commit(self, sequence: str) -> None:
-        """The tokens last made room for have been written."""
+    def commit(self, sequence: str, token_ids: Sequence[int] = ()) -> None:
+        """The tokens last made room for have been written. If told which they are, others may find them."""
 
     def truncate(self, sequence: str, length: int) -> None:
         """Forget all but the first `length` tokens."""

@@ -72,7 +72,7 @@ class ContiguousCache:
         )
         return KVView([segment], np.concatenate(slots))
 
-    def commit(self, sequence: str) -> None:
+    def commit(self, sequence: str, token_ids: Sequence[int] = ()) -> None:
         held = self._held[sequence]
         held.length, held.reserved = held.length + held.reserved, 0
 

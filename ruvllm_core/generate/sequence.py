@@ -64,7 +64,7 @@ def advance(
         batch.rows = np.arange(len(batch.tokens))
     hidden = decoder.forward(batch)
     for sequence, count in work:
-        cache.commit(sequence.request.id)
+        cache.commit(sequence.request.id, sequence.token_ids[sequence.computed : sequence.computed + count])
         sequence.computed += count
     return hidden, batch
 

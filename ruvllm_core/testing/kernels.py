@@ -44,7 +44,7 @@ class ScatteredCache(ContiguousCache):
         new = [self.slots(1, h.block, h.length - o, h.length + h.reserved - o) for h, o in zip(held, old, strict=True)]
         return KVView(segments, np.concatenate(new))
 
-    def commit(self, sequence: str) -> None:
+    def commit(self, sequence: str, token_ids: Sequence[int] = ()) -> None:
         super().commit(sequence)
         held, old, ((older, _), (newer, _)) = self._held[sequence], self.old[sequence], self.stores
         if held.length - old > 6:  # enough new tokens: they move to the older segment
