@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ruvllm_core.decode.batch import Batch
     from ruvllm_core.decode.kv import KVStorage, KVView
     from ruvllm_core.generate.request import Request, TokenEvent, Trajectory
+    from ruvllm_core.generate.speculative import Speculator
     from ruvllm_core.model.quant import QuantTensor
     from ruvllm_core.model.spec import ModelSpec, TensorSource
     from ruvllm_core.settings import CacheConfig
@@ -206,6 +207,7 @@ class BackendContext:
     Attributes:
         cache: builds the cache policy for a number of sequences, since only the backend knows how many it runs.
         options: the plugin's own settings, an instance of its ``Settings`` model, or None if it has none.
+        speculator: to be passed on to `run_batch`; None is no speculation.
     """
 
     spec: ModelSpec
@@ -213,6 +215,7 @@ class BackendContext:
     cache: Callable[[int], KVCachePolicy]
     prefill_chunk: int
     options: Any = None
+    speculator: Speculator | None = None
 
 
 class Backend(Protocol):
@@ -262,11 +265,29 @@ class Adapter:
         return any(site != "final" for site in self.sites)
 
 
-class Proposer(Protocol):
-    """Drafts tokens for speculative decoding."""
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """Tokens that may come next, and the distributions float32 ``[k, V]`` each was drawn from; None is for certain."""
 
-    def propose(self, token_ids: Sequence[int], k: int) -> tuple[Sequence[int], FloatArray | None]:
-        """Up to `k` draft tokens, and their distributions ``[k, V]`` if drawn from any (None: drafted for certain)."""
+    tokens: Sequence[int]
+    probabilities: FloatArray | None = None
+
+
+class Proposer(Protocol):
+    """Drafts tokens for speculative decoding. Good drafts make it fast; no draft changes what comes out."""
+
+    def propose(self, request: Request, token_ids: Sequence[int], k: int, hidden: FloatArray) -> Draft:
+        """At most `k` tokens to follow `token_ids`, prompt and answer so far, which grow from call to call.
+
+        `hidden` is float32 ``[C]``, the state that the last of them was drawn from, before any adapter. With a request
+        that is `repeatable`, drafts are judged as certain ones, whatever they were drawn from.
+        """
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended; it may be one that `propose` has never seen."""
+
+    def close(self) -> None:
+        """Free everything that is the proposer's own."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ruvllm_core.generate.request import SamplingFields
 
 _Model = TypeVar("_Model", bound=BaseModel)
 ENV_PREFIX = "RUVLLM_"
+PROPOSERS, DRAFT = ("off", "ngram", "learned"), "draft:"
 
 
 def _split(value: Any) -> Any:
@@ -27,6 +28,14 @@ def _split(value: Any) -> Any:
 
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 AutoOrNames = Annotated[Literal["auto"] | list[str], NoDecode, BeforeValidator(_split)]
+
+
+def _check_proposer(value: str) -> str:
+    """Raises `ValueError`."""
+    if value in PROPOSERS or value.removeprefix(DRAFT) not in ("", value):
+        return value
+    kinds = [*PROPOSERS, f"{DRAFT}MODEL"]
+    raise ValueError(f"expected {', '.join(kinds)}; {near(value, kinds)}")
 
 
 class CacheConfig(BaseModel):
@@ -57,6 +66,9 @@ class ModelFields(BaseModel):
         prefill_chunk: most prompt tokens computed in one step.
         cache: the key/value cache.
         learning: learning loops to run; ``auto`` is all that are installed, an empty list none.
+        speculative: who drafts tokens for speculative decoding: ``off`` is nobody, ``ngram`` the text itself,
+            ``draft:MODEL`` a smaller model with the same vocabulary, ``learned`` a learning loop.
+        draft_tokens: most tokens drafted at a time; None is 15 for ``ngram`` and 4 for the others.
     """
 
     max_context: int | None = Field(None, ge=1)
@@ -68,6 +80,8 @@ class ModelFields(BaseModel):
     prefill_chunk: int = Field(512, ge=1)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     learning: AutoOrNames = "auto"
+    speculative: Annotated[str, AfterValidator(_check_proposer)] = "off"
+    draft_tokens: int | None = Field(None, ge=1, le=64)
 
 
 class ModelConfig(ModelFields):

@@ -119,6 +119,7 @@ class Answer:
             timings=self._timings(),
             logprobs=logprobs if wanted is not None else None,
             top_logprobs=tops if wanted else None,
+            speculation=self._events[-1].speculation if self._events else None,
         )
         self.sink(self._done)
 

@@ -46,7 +46,7 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self._parts = parts
         self._settings = settings
-        self._worker = Worker(parts.backend, parts.loops)
+        self._worker = Worker(parts.backend, parts.loops, parts.speculator)
         self._template: ChatTemplate | None = None
 
     @classmethod
@@ -174,6 +174,8 @@ class Engine:
         """Cancel what is running and free everything. May be called again."""
         if self._worker.close():
             self._parts.backend.close()
+            if self._parts.speculator is not None:
+                self._parts.speculator.close()
             self._parts.decoder.close()
             self._parts.model.close()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ruvllm_core import protocols as p
 from ruvllm_core.decode.kv import bytes_per_token
 from ruvllm_core.errors import ConfigError, PluginError, RuvLLMError
+from ruvllm_core.generate.proposers import DraftModel, NGramProposer
+from ruvllm_core.generate.speculative import Speculator
 from ruvllm_core.log import get_logger
 from ruvllm_core.machine import available_memory, kernels_device
 from ruvllm_core.model.hub import resolve
@@ -17,8 +19,9 @@ from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.model.tokenizer import Tokenizer
 from ruvllm_core.registry import Registry
-from ruvllm_core.settings import Settings
+from ruvllm_core.settings import DRAFT, CacheConfig, Settings
 
+_NGRAM_DEPTH, _DEPTH = 15, 4  # most tokens of a draft: looking one up costs nothing, making it does
 _log = get_logger("load")
 
 
@@ -60,6 +63,7 @@ class Parts:
     new_cache: Callable[[int], p.KVCachePolicy]
     backend: p.Backend
     loops: tuple[p.LearningLoop, ...]
+    speculator: Speculator | None = None
 
 
 def load_parts(settings: Settings, registry: Registry) -> Parts:
@@ -70,22 +74,33 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     make_backend = registry.load("backends", settings.backend)
     make_cache: Callable[[p.CacheContext], p.KVCachePolicy] = registry.load("cache_policies", settings.cache.policy)
     quantizer = registry.load("quantizers", settings.quantization) if settings.quantization else None
-    model = open_model(resolve(settings.model, settings), registry)
-    model.check_finite()
-    tokenizer = model.tokenizer()
-    if quantizer is not None:
-        quantize_weights(model, quantizer)
+    model, tokenizer = _open(settings.model, settings, registry, quantizer)
     max_context = _max_context(model.spec, settings)
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
 
+    loops = _learning_loops(settings, registry, decoder)
+    depth = settings.draft_tokens or (_NGRAM_DEPTH if settings.speculative == "ngram" else _DEPTH)
+
     def new_cache(max_sequences: int) -> p.KVCachePolicy:
         own = registry.options(registry.entry("cache_policies", settings.cache.policy).plugin)
-        sizes = max_context, max_sequences, settings.prefill_chunk
+        drafting = 0 if settings.speculative == "off" else 1 + depth
+        sizes = max_context, max_sequences, max(settings.prefill_chunk, drafting)
         return make_cache(p.CacheContext(model.spec, decoder, settings.cache, *sizes, own))
 
+    def new_draft(name: str) -> p.Proposer:
+        draft, own = _open(name, settings, registry, quantizer)
+        _check_vocabulary(name, own, settings.model, tokenizer)
+        context = min(max_context, draft.spec.max_context)
+        computes, *_ = _choose_decoder(draft, settings, registry, context)
+        precision = CacheConfig(precision=settings.cache.precision)
+        return DraftModel(computes, precision, settings.prefill_chunk, model.spec.vocab_size, draft.close)
+
     options = registry.options(registry.entry("backends", settings.backend).plugin)
-    backend = make_backend(p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options))
-    loops = _learning_loops(settings, registry, decoder)
+    proposer = _proposer(settings.speculative, loops, new_draft)
+    speculator = Speculator(proposer, depth) if proposer is not None else None
+    backend = make_backend(
+        p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options, speculator)
+    )
     info = EngineInfo(
         model=settings.model,
         path=model.path,
@@ -100,7 +115,45 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
         load_s=time.perf_counter() - started,
     )
     _log.info("loaded", model=info.model, scheme=info.scheme, context=max_context, seconds=round(info.load_s, 2))
-    return Parts(info, model, tokenizer, decoder, new_cache, backend, tuple(loops.values()))
+    return Parts(info, model, tokenizer, decoder, new_cache, backend, tuple(loops.values()), speculator)
+
+
+def _open(
+    name: str, settings: Settings, registry: Registry, quantizer: p.Quantizer | None
+) -> tuple[ModelFile, Tokenizer]:
+    model = open_model(resolve(name, settings), registry)
+    model.check_finite()
+    tokenizer = model.tokenizer()
+    if quantizer is not None:
+        quantize_weights(model, quantizer)
+    return model, tokenizer
+
+
+def _proposer(
+    wanted: str, loops: Mapping[str, p.LearningLoop], new_draft: Callable[[str], p.Proposer]
+) -> p.Proposer | None:
+    """Who drafts; None for ``off``. Raises `ConfigError` if no learning loop does."""
+    if wanted in ("off", "ngram"):
+        return NGramProposer() if wanted == "ngram" else None
+    if wanted.startswith(DRAFT):
+        return new_draft(wanted.removeprefix(DRAFT))
+    for loop in loops.values():
+        if (proposer := loop.proposer()) is not None:
+            return proposer
+    names = ", ".join(loops) or "none"
+    what = f"speculative is learned, but no learning loop offers drafts (running: {names})"
+    raise ConfigError(what, hint="set speculative to ngram, or see that a loop that drafts is installed and running")
+
+
+def _check_vocabulary(name: str, draft: Tokenizer, model: str, target: Tokenizer) -> None:
+    """Raise `ConfigError` unless both have the same tokens."""
+    what = f"the draft model {name} has another vocabulary than {model}: "
+    hint = "a draft model has to come from the same family as the model it drafts for"
+    if draft.vocab_size != target.vocab_size:
+        raise ConfigError(f"{what}{draft.vocab_size} tokens instead of {target.vocab_size}", hint=hint)
+    for token in range(target.vocab_size):
+        if (own := draft.token_bytes(token)) != (theirs := target.token_bytes(token)):
+            raise ConfigError(f"{what}token {token} is {own!r} instead of {theirs!r}", hint=hint)
 
 
 def _choose_decoder(

@@ -58,6 +58,11 @@ class SamplingFields(BaseModel):
     logprobs: int | None = Field(None, ge=0, le=100)
     hidden_states: bool = False
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same tokens come out every time."""
+        return self.temperature == 0.0 or self.seed is not None
+
     @field_validator("logit_bias")
     @classmethod
     def _finite_bias(cls, value: dict[int, float]) -> dict[int, float]:
@@ -67,7 +72,13 @@ class SamplingFields(BaseModel):
 
 
 class GenerateParams(SamplingFields):
-    """How to generate one answer (see `SamplingFields`). A value that makes no sense raises `RequestError`."""
+    """How to generate one answer (see `SamplingFields`). A value that makes no sense raises `RequestError`.
+
+    Attributes:
+        cache_salt: cached prefixes are shared only among requests with the same one.
+    """
+
+    cache_salt: str = ""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -120,6 +131,7 @@ class TokenEvent:
         cached_tokens: prompt tokens that needed no computing; on the first event.
         prefill_s: seconds from when work on the request began; on the first event.
         error: why the request failed.
+        speculation: statistics of the request so far, if drafts are made.
     """
 
     request_id: str
@@ -131,6 +143,24 @@ class TokenEvent:
     cached_tokens: int = 0
     prefill_s: float = 0.0
     error: Exception | None = None
+    speculation: SpeculationStats | None = None
+
+
+@dataclass(frozen=True)
+class SpeculationStats:
+    """What speculative decoding did for one request.
+
+    Attributes:
+        proposed, accepted: tokens drafted, and those of them that were kept.
+        tokens_per_step: tokens after the first, by the steps they took: 1 without drafts, 0 without such tokens.
+        speedup_estimate: how many times faster these steps gave tokens than steps without drafts, as measured, would
+            have; None if there was nothing to compare.
+    """
+
+    proposed: int
+    accepted: int
+    tokens_per_step: float
+    speedup_estimate: float | None
 
 
 @dataclass(frozen=True)
@@ -175,7 +205,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished answer."""
+    """A finished answer. `speculation` is None if no drafts were made, and so are log-probabilities not asked for."""
 
     request_id: str
     text: str
@@ -185,6 +215,7 @@ class Generation:
     timings: Timings
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[Mapping[int, float], ...] | None = None
+    speculation: SpeculationStats | None = None
 
     def __str__(self) -> str:
         return self.text

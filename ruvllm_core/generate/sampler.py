@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +33,15 @@ class Distribution:
 
     def draw(self, uniform: float) -> int:
         """The token at `uniform` in ``[0, 1)`` of the cumulative distribution."""
-        cumulative = np.cumsum(self.probabilities)
+        # In the order of ids: in that of probabilities, rounding of two that are almost equal could change the token.
+        order = np.argsort(self.ids)
+        cumulative = np.cumsum(self.probabilities[order])
         place = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-        return int(self.ids[min(place, len(self.ids) - 1)])
+        return int(self.ids[order[min(place, len(order) - 1)]])
+
+
+#: Takes a token from a distribution; the function gives a new random number in ``[0, 1)`` at every call.
+Pick = Callable[[Distribution, Callable[[], float]], int]
 
 
 class Sampler:
@@ -50,6 +56,7 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingFields, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self._params = params
         self._random = np.random.Generator(np.random.Philox(params.seed))
         self._counts: npt.NDArray[np.int32] | None = None
@@ -62,15 +69,19 @@ class Sampler:
         self._bias_ids = np.fromiter(params.logit_bias, dtype=np.int64, count=len(params.logit_bias))
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32, count=len(params.logit_bias))
 
-    def sample(self, logits: FloatArray) -> Sampled:
-        """Draw a token from ``[V]`` logits and count it. Raises `GenerationError` if no token is possible."""
+    def sample(self, logits: FloatArray, pick: Pick | None = None) -> Sampled:
+        """Draw a token from ``[V]`` logits, or have it picked, and count it; if greedy, take the likeliest.
+
+        Raises `GenerationError` if no token is possible.
+        """
         adjusted = self.adjust(logits)
         if not np.isfinite(adjusted.max()):  # the maximum of anything with a NaN in it is NaN
             raise GenerationError("the model's logits are NaN, infinite, or leave no token to choose")
         if self._params.temperature == 0.0:
             token = int(np.argmax(adjusted))
         else:
-            token = self.distribution(adjusted).draw(float(self._random.random()))
+            target = self.distribution(adjusted)
+            token = pick(target, self._random.random) if pick else target.draw(self._random.random())
         sampled = self._describe(adjusted, token) if self._params.logprobs is not None else Sampled(token)
         self.count(token)
         return sampled

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from ruvllm_core.decode.lora import apply_final
 from ruvllm_core.errors import CacheFull, GenerationError
 from ruvllm_core.generate.request import FinishReason, Request, TokenEvent
 from ruvllm_core.generate.sampler import Sampler
+from ruvllm_core.generate.speculative import NOTHING, Speculator, accept_or_resample
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Decoder, FloatArray, KVCachePolicy
 
@@ -22,6 +25,8 @@ class Sequence:
     Attributes:
         token_ids: prompt and answer so far.
         computed: how many of them have their keys and values in the cache.
+        draft: in the middle of a step, what the last of them are if they are only drafted.
+        hidden: the state the last token was drawn from, ``[C]``, before any adapter; None before the first one.
         rope_variant: the table of rotary frequencies all its keys use.
 
     Raises `CacheFull` if the cache cannot take it.
@@ -30,6 +35,8 @@ class Sequence:
     def __init__(self, request: Request, cache: KVCachePolicy, spec: ModelSpec) -> None:
         self.request = request
         self.token_ids = list(request.prompt_ids)
+        self.draft = NOTHING
+        self.hidden: FloatArray | None = None
         self.rope_variant = spec.rope_variant(request.capacity)
         self.sampler = Sampler(request.params, request.prompt_ids, spec.vocab_size)
         self.started = time.perf_counter()
@@ -69,17 +76,26 @@ def advance(
     return hidden, batch
 
 
-def run_batch(decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> list[TokenEvent]:
+def run_batch(
+    decoder: Decoder,
+    cache: KVCachePolicy,
+    work: SequenceOf[tuple[Sequence, int]],
+    speculator: Speculator | None = None,
+) -> list[TokenEvent]:
     """Compute the next `count` tokens of each sequence; draw one more for each that is then up to date.
 
-    A sequence for which the cache has no room fails alone: its event carries the error.
+    With a speculator, sequences of which only the last token is to be computed may draw several (see
+    `ruvllm_core.generate.speculative`). A sequence for which the cache has no room fails alone: its event carries the
+    error.
     """
     events: list[TokenEvent] = []
     running: list[tuple[Sequence, int]] = []
-    for sequence, count in work:
+    answering = [s.hidden is not None and count == s.pending == 1 for s, count in work]
+    for (sequence, count), ready in zip(work, answering, strict=True):
+        if speculator is not None and ready:
+            sequence.draft = speculator.draft(sequence, len(work))
         try:
-            cache.extend(sequence.request.id, count)
-            running.append((sequence, count))
+            running.append((sequence, _make_room(cache, sequence, count)))
         except CacheFull as error:
             events.append(TokenEvent(sequence.request.id, None, "error", error=error))
     if not running:
@@ -89,16 +105,48 @@ def run_batch(decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Seq
     if not drawing:
         return events
     logits = decoder.logits(apply_final(hidden, batch))
-    return events + [_draw(s, hidden[row], logits[row]) for row, s in enumerate(drawing)]
+    if speculator is not None:
+        speculator.computed(len(batch.tokens), all(answering))
+    for sequence in drawing:
+        draft = sequence.draft
+        rows = 1 + len(draft.tokens)
+        drawn = _draw(sequence, hidden[:rows], logits[:rows])
+        hidden, logits = hidden[rows:], logits[rows:]
+        if (kept := len(sequence.token_ids) - 1) < sequence.computed:
+            cache.truncate(sequence.request.id, kept)
+            sequence.computed = kept
+        if speculator is not None:
+            stats = speculator.learn(sequence, len(running), draft, drawn)
+            drawn = [replace(event, speculation=stats) for event in drawn]
+        events += drawn
+    return events
+
+
+def _make_room(cache: KVCachePolicy, sequence: Sequence, count: int) -> int:
+    """Tokens of `sequence` to compute, for which there is room now; its draft is given up if there is none for that."""
+    drafted = len(sequence.draft.tokens)
+    try:
+        cache.extend(sequence.request.id, count + drafted)
+    except CacheFull:
+        if not drafted:
+            raise
+        drafted, sequence.draft = 0, NOTHING
+        cache.extend(sequence.request.id, count)
+    sequence.token_ids += sequence.draft.tokens
+    return count + drafted
 
 
 def make_batch(cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> Batch:
-    """The ragged batch of the next `count` tokens of each sequence; wanted rows are the last of those up to date."""
+    """The ragged batch of the next `count` tokens of each sequence.
+
+    Wanted rows are the last of those then up to date, and in a draft also those before every drafted token.
+    """
     counts = np.array([count for _, count in work], dtype=np.int32)
     cu_q = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     tokens = np.concatenate([s.token_ids[s.computed : s.computed + count] for s, count in work]).astype(np.int64)
     positions = np.concatenate([np.arange(s.computed, s.computed + count, dtype=np.int64) for s, count in work])
-    rows = [int(cu_q[i + 1]) - 1 for i, (s, count) in enumerate(work) if count == s.pending]
+    ends = zip(cu_q[1:].tolist(), work, strict=True)
+    rows = [r for end, (s, n) in ends if n == s.pending for r in range(end - 1 - len(s.draft.tokens), end)]
     adapters = tuple(s.request.adapter for s, _ in work)
     return Batch(
         tokens=tokens,
@@ -111,19 +159,32 @@ def make_batch(cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> 
     )
 
 
-def _draw(sequence: Sequence, hidden: FloatArray, logits: FloatArray) -> TokenEvent:
-    request, first = sequence.request, sequence.generated == 0
-    try:
-        sampled = sequence.sampler.sample(logits)
-    except GenerationError as error:
-        return TokenEvent(request.id, None, "error", error=error)
-    return TokenEvent(
-        request_id=request.id,
-        token_id=sampled.token,
-        finish_reason=sequence.accept(sampled.token),
-        logprob=sampled.logprob,
-        top_logprobs=sampled.top_logprobs,
-        hidden=hidden.copy() if request.keep_hidden else None,
-        cached_tokens=sequence.cached if first else 0,
-        prefill_s=time.perf_counter() - sequence.started if first else 0.0,
-    )
+def _draw(sequence: Sequence, hidden: FloatArray, logits: FloatArray) -> list[TokenEvent]:
+    """Draw a token from the first of ``[1 + k]`` rows, and from each next one as long as that was the drafted token."""
+    request, draft, first = sequence.request, sequence.draft, sequence.generated == 0
+    sequence.draft = NOTHING
+    del sequence.token_ids[len(sequence.token_ids) - len(draft.tokens) :]
+    events: list[TokenEvent] = []
+    for row, drafted in enumerate((*draft.tokens, None)):
+        pick = None
+        if drafted is not None and draft.probabilities is not None and not request.params.repeatable:
+            pick = partial(accept_or_resample, drafted=drafted, drawn_from=draft.probabilities[row])
+        try:
+            sampled = sequence.sampler.sample(logits[row], pick)
+        except GenerationError as error:
+            return [*events, TokenEvent(request.id, None, "error", error=error)]
+        sequence.hidden = hidden[row].copy()
+        event = TokenEvent(
+            request_id=request.id,
+            token_id=sampled.token,
+            finish_reason=sequence.accept(sampled.token),
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+            hidden=sequence.hidden if request.keep_hidden else None,
+            cached_tokens=sequence.cached if first else 0,
+            prefill_s=time.perf_counter() - sequence.started if first else 0.0,
+        )
+        events.append(event)
+        if event.finish_reason is not None or sampled.token != drafted:
+            break
+    return events

@@ -14,6 +14,7 @@ from ruvllm_core.decode.lora import combine
 from ruvllm_core.errors import GenerationError
 from ruvllm_core.generate.answer import Answer
 from ruvllm_core.generate.request import Request
+from ruvllm_core.generate.speculative import Speculator
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import Backend, LearningLoop
 
@@ -28,11 +29,13 @@ class Worker:
     Args:
         backend: called from this thread only, and so are the loops.
         loops: observe every finished request.
+        speculator: forgets every request that has ended.
     """
 
-    def __init__(self, backend: Backend, loops: Sequence[LearningLoop]) -> None:
+    def __init__(self, backend: Backend, loops: Sequence[LearningLoop], speculator: Speculator | None = None) -> None:
         self._backend = backend
         self._loops = loops
+        self._speculator = speculator
         self._answers: dict[str, Answer] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
@@ -128,7 +131,7 @@ class Worker:
             for request_id, waiting in list(self._answers.items()):
                 self._backend.cancel(request_id)
                 waiting.fail(error)
-            self._answers.clear()
+                self._finish(waiting)
             return
         for event in events:
             if (answer := self._answers.get(event.request_id)) is None:
@@ -152,12 +155,12 @@ class Worker:
             answer.fail(error)
 
     def _adapted(self, request: Request) -> Request:
-        """The request with the adapters that the loops have for it."""
+        """The request with the adapters that the loops have for it, and what its cached prefixes depend on."""
         found = [adapter for loop in self._loops if (adapter := loop.adapter(request)) is not None]
-        if not found:
-            return request
-        adapter = combine(found)
-        return replace(request, adapter=adapter, cache_key=adapter.version if adapter.changes_cache else "")
+        adapter, salt = combine(found) if found else None, request.params.cache_salt
+        version = adapter.version if adapter is not None and adapter.changes_cache else ""
+        # With the length, so that no salt can make one version look like another.
+        return replace(request, adapter=adapter, cache_key=f"{len(version)}:{version}{salt}" if version or salt else "")
 
     def _cancel(self, request_id: str) -> None:
         if (answer := self._answers.get(request_id)) is not None:
@@ -174,6 +177,8 @@ class Worker:
 
     def _finish(self, answer: Answer) -> None:
         del self._answers[answer.request.id]
+        if self._speculator is not None:
+            self._speculator.forget(answer.request.id)
         if answer.finish_reason == "error":
             return
         for loop in self._loops:

@@ -23,6 +23,7 @@ class CandleBackend:
         self._spec = context.spec
         self._decoder = context.decoder
         self._chunk = context.prefill_chunk
+        self._speculator = context.speculator
         self._limit = options.max_sequences
         self._cache = context.cache(self._limit)
         self._queue: deque[Request] = deque()
@@ -49,7 +50,7 @@ class CandleBackend:
         else:
             work = [(sequence, 1) for sequence in self._running]
         if work:
-            events += run_batch(self._decoder, self._cache, work)
+            events += run_batch(self._decoder, self._cache, work, self._speculator)
         ended = {event.request_id for event in events if event.finish_reason is not None}
         for sequence in [s for s in self._running if s.request.id in ended]:
             self._drop(sequence)
