@@ -169,8 +169,10 @@ class World:
             return
         self.cache.truncate(name, length)
         life.lossy |= isinstance(self.cache, TwoTierCache) and length < life.peak - self.cache.tiers.batch
+        life.prompt = 0 if length < life.prompt else life.prompt  # others may take what it gave up
+        if length == len(life.written):
+            return
         life.written = life.written[:length]
-        life.prompt = 0 if length < life.prompt else life.prompt  # others may have taken what it gave up
         other = [back % 4] * (4 * (back % 3))  # and then on as before, so that a digest of the wrong parent is found
         life.text[length : length + len(other)] = other
 
