@@ -130,6 +130,9 @@ class World:
             if move.source is move.target:
                 assert not set(move.to_slots.tolist()) & set(move.from_slots.tolist())
             self.check_alone(move.target, move.to_slots)
+            for pool, owned, _ in pools(self.cache):
+                if owned is move.source:
+                    assert all(pool.refs[block] for block in set((move.from_slots // owned.block_size).tolist()))
             moved = move.source.keys[0].reshape(-1)[move.from_slots]
             if move.target.scheme.startswith("q"):
                 assert (move.to_slots % size == np.arange(len(moved)) % size).all() and len(moved) % size == 0
