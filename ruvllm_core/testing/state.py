@@ -16,10 +16,11 @@ from ruvllm_core.testing import tiny
 class CachePolicySuite:
     """Define `make_cache`. `tolerance` is what your storage costs in precision, relative to the largest logit.
 
-    Override `feeder` if your storage needs another decoder than the eager one.
+    `rounding` is how much of that may depend on what tokens are batched with. Override `feeder` if your storage needs
+    another decoder than the eager one.
     """
 
-    tolerance = 1e-4
+    tolerance = rounding = 1e-4
 
     def make_cache(self, context: CacheContext) -> KVCachePolicy:
         raise NotImplementedError
@@ -65,20 +66,42 @@ class CachePolicySuite:
             for name, logits in feeder.feed(**counts).items():
                 self.check(feeder, name, logits)
 
+    def test_drafts(self) -> None:
+        """One to three tokens at a time, with up to eight wrong ones after them, are as good as one by one."""
+        alone, drafting, text = self.feeder(), self.feeder(), (tiny.TEXTS["c"] * 2)[: tiny.CONTEXT]
+        for feeder in (alone, drafting):
+            feeder.open("c", text)
+            feeder.open("b", tiny.TEXTS["b"] * 2)
+        sequence, found = drafting.running["c"], [drafting.feed(c=2)["c"]]
+        while room := tiny.CONTEXT - (at := sequence.computed):
+            good = min(1 + len(found) % 3, room)
+            wrong = min(len(found) * 5 % 9, room - good)
+            sequence.token_ids[at + good :] = text[::-1][:wrong]
+            found.append(drafting.feed(b=1, c=good + wrong)["c"][:good])
+            drafting.cache.truncate("c", at + good)
+            sequence.token_ids[at + good :], sequence.computed = text[at + good :], at + good
+        expected = np.concatenate([alone.feed(c=1)["c"] for _ in text])
+        tiny.assert_close(np.concatenate(found), expected, self.rounding, "with drafts against one by one")
+
     def test_full(self) -> None:
         """What does not fit is refused, everybody else goes on as before, and who leaves makes room."""
         feeder, text = self.feeder(), (tiny.TEXTS["c"] * 2)[: tiny.CONTEXT]
         with pytest.raises(CacheFull):
             for n in range(100):
+                before = feeder.cache.stats()
                 feeder.open(f"s{n}", np.roll(text, n).tolist())
+                before = feeder.cache.stats()
                 feeder.feed(**{f"s{n}": tiny.CONTEXT - 1})
+        assert feeder.cache.stats() == before
         inside = [name for name, sequence in feeder.running.items() if sequence.computed]
         for name in feeder.running.keys() - set(inside):  # opened, but refused its tokens
             feeder.cache.close(name)
         for name in inside:
             self.check(feeder, name, feeder.feed(**{name: 1})[name])
+            before = feeder.cache.stats()
             with pytest.raises(CacheFull):
                 feeder.cache.extend(name, 1)
+            assert feeder.cache.stats() == before
         feeder.cache.close(inside[0])
         feeder.open("new", text)
         self.check(feeder, "new", feeder.feed(new=9)["new"])
@@ -90,7 +113,26 @@ class CachePolicySuite:
             feeder.open(name, text, cache_key=key)
             assert 0 <= feeder.running[name].computed < (len(text) if name == "second" else 1)
             self.check(feeder, name, feeder.feed(**{name: feeder.running[name].pending})[name])
-            feeder.cache.close(name)
+        for n, sequence in enumerate(feeder.running.values()):  # each goes on in its own way
+            sequence.token_ids += text[2 * n :][:15]
+        for count in (1, 9, 5):
+            for name, logits in feeder.feed(first=count, second=count, third=count).items():
+                self.check(feeder, name, logits)
+        feeder.cache.truncate("second", 13)
+        feeder.running["second"].computed = 13
+        for name, tokens in ("fourth", [*text[:19], *text[:9]]), ("fifth", feeder.running["first"].token_ids):
+            feeder.open(name, tokens, cache_key="mine")
+            for other in (name, "second"):
+                self.check(feeder, other, feeder.feed(**{other: min(feeder.running[other].pending, 20)})[other])
+            feeder.cache.close({"fourth": "first", "fifth": "third"}[name])
+
+    def test_turnover(self) -> None:
+        """More prompts, one after the other, than there is room for at a time; some come again."""
+        feeder = self.feeder()
+        for n in (0, 1, 2, 3, 4, 5, 6, 5, 0, 7, 6, 0):
+            feeder.open("s", np.roll(tiny.TEXTS["c"] + tiny.TEXTS["a"][:16], n).tolist(), cache_key="same")
+            self.check(feeder, "s", feeder.feed(s=feeder.running["s"].pending)["s"])
+            feeder.cache.close("s")
 
 
 class LearningLoopSuite:

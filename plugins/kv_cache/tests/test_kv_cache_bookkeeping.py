@@ -49,6 +49,7 @@ class Life:
     text: list[int]
     capacity: int
     written: list[int] = field(default_factory=list)
+    prompt: int = 0
     peak: int = 0
     lossy: bool = False
 
@@ -82,7 +83,7 @@ class World:
             return
         assert 0 <= cached < length
         self.opened += 1
-        life.written, life.peak = self.meaning(life, cached), cached
+        life.written, life.peak, life.prompt = self.meaning(life, cached), cached, length
         self.lives[name] = life
 
     def step(self, counts: dict[str, int]) -> None:
@@ -94,6 +95,8 @@ class World:
                 running[name] = count
             except CacheFull:
                 assert self.cache.stats() == before
+                fits = len(self.lives[name].written) + count <= self.lives[name].prompt
+                assert not fits or self.window is not None, "admitted, but there is no room for its prompt"
         if not running:
             return
         view, again = (self.cache.view(list(running)) for _ in range(2))
@@ -112,7 +115,7 @@ class World:
             at += count
         for name, count in running.items():
             life, start = self.lives[name], len(self.lives[name].written)
-            self.cache.commit(name, life.text[start : start + count])
+            self.cache.commit(name, life.text[start : start + count] if life.capacity % 2 else ())
             life.written, life.peak = new[name], max(life.peak, start + count)
 
     def write(self, view: KVView, meanings: list[list[int]]) -> None:
@@ -127,6 +130,9 @@ class World:
             if move.source is move.target:
                 assert not set(move.to_slots.tolist()) & set(move.from_slots.tolist())
             self.check_alone(move.target, move.to_slots)
+            for pool, owned, _ in pools(self.cache):
+                if owned is move.source:
+                    assert all(pool.refs[block] for block in set((move.from_slots // owned.block_size).tolist()))
             moved = move.source.keys[0].reshape(-1)[move.from_slots]
             if move.target.scheme.startswith("q"):
                 assert (move.to_slots % size == np.arange(len(moved)) % size).all() and len(moved) % size == 0
@@ -166,8 +172,12 @@ class World:
             return
         self.cache.truncate(name, length)
         life.lossy |= isinstance(self.cache, TwoTierCache) and length < life.peak - self.cache.tiers.batch
+        life.prompt = 0 if length < life.prompt else life.prompt  # others may take what it gave up
+        if length == len(life.written):
+            return
         life.written = life.written[:length]
-        life.text[length:] = [back % 4] * (len(life.text) - length)
+        other = [back % 4] * (4 * (back % 3))  # and then on as before, so that a digest of the wrong parent is found
+        life.text[length : length + len(other)] = other
 
     def close(self, name: str) -> None:
         self.cache.close(name)

@@ -65,8 +65,8 @@ class PagedCache:
         self._block_bytes = self._storage.nbytes // blocks
         self._window = common_window(context.spec)
         step = context.max_step or context.max_context
-        # What a sequence holds at most while it is in a window: what is seen, slack, and what a step adds.
-        self._most = blocks if self._window is None else -(-(self._window + SLACK + step) // size) + 1
+        # What a sequence holds at most; in a window that is what is seen, slack, and what a step adds.
+        self._most = per_sequence if self._window is None else -(-(self._window + SLACK + step) // size) + 1
         self._root = f"{context.spec}|{scheme}".encode()
         self._spec = context.spec
         self._pool = BlockPool(blocks)

@@ -207,7 +207,7 @@ class TwoTierCache:
         keep, batches = -(-length // size), -(-max(length - sinks, 0) // size)
         self._free_tail(held, range(keep, max(held.last, self._sink_blocks)))
         held.last = min(held.last, keep)
-        held.first, held.exact = min(held.first, held.last), min(held.exact, length)
+        held.first = min(held.first, held.last)
         self._free_store(held, range(max(batches, held.gone), held.batches))
         held.batches = min(held.batches, batches)
         held.gone = min(held.gone, held.batches)
@@ -288,7 +288,7 @@ def _limit(options: TierFields, max_tokens: int | None, max_context: int) -> int
     """Most tokens of a sequence. Raises `ConfigError` if tail and sinks alone are more."""
     limit, floats = min(max_context, max_tokens or max_context), options.tail_length + options.sink_tokens
     if floats > limit:
-        name = "max_context" if limit == max_context else "max_tokens"
+        name = "max_tokens" if limit == max_tokens else "max_context"
         raise ConfigError(
             f"plugins.kv_cache.tail_length {options.tail_length} and sink_tokens {options.sink_tokens} are more than "
             f"{name} {limit}",
