@@ -50,6 +50,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "streaming": ("\n[",),
     "multi_turn_chat": ("Paris", "French", "onjour"),
     "async_inference": ("Name three colours.\n  ", "Name three planets.\n  ", "Name three fruits.\n  "),
+    "speculative_decoding": ("same answer: True", "tokens_per_step="),
     "config_file_run": ("What is the capital of France?\n  ", "Paris", "H2O"),
 }
 
