@@ -28,14 +28,14 @@ _FIRST = 4  # steps without drafts before the first draft, so that there is some
 _log = get_logger("speculative")
 
 
-def accept_or_resample(target: Distribution, drafted: int, drawn_from: FloatArray, uniform: Callable[[], float]) -> int:
+def accept_or_resample(target: Distribution, uniform: Callable[[], float], drafted: int, drawn_from: FloatArray) -> int:
     """`drafted` with probability ``min(1, p / q)``, else a token from ``max(0, p - q)``: together, one drawn from p.
 
     Args:
         target: p.
+        uniform: a new random number in ``[0, 1)`` at every call.
         drafted: a token drawn from q.
         drawn_from: q, float32 ``[V]``.
-        uniform: a new random number in ``[0, 1)`` at every call.
     """
     p = target.probabilities
     if uniform() * drawn_from[drafted] < p[target.ids == drafted].sum():
