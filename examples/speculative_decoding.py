@@ -2,7 +2,9 @@
 
 from ruvllm_core import Engine, GenerateParams, ModelConfig
 
-NOTE = "The library opens at nine in the morning and closes at six in the evening, on Saturdays at one in the afternoon."
+NOTE = (
+    "The library opens at nine in the morning and closes at six in the evening, on Saturdays at one in the afternoon."
+)
 PROMPT = f"{NOTE}\n\nRepeat the text above word for word, three times."
 GREEDY = GenerateParams(max_tokens=96, temperature=0)
 
