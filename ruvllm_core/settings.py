@@ -16,7 +16,7 @@ from ruvllm_core.generate.request import SamplingFields
 
 _Model = TypeVar("_Model", bound=BaseModel)
 ENV_PREFIX = "RUVLLM_"
-PROPOSERS, DRAFT = ("off", "ngram", "learned"), "draft:"
+_PROPOSERS = ("off", "ngram", "learned", "draft:MODEL")
 
 
 def _split(value: Any) -> Any:
@@ -32,10 +32,9 @@ AutoOrNames = Annotated[Literal["auto"] | list[str], NoDecode, BeforeValidator(_
 
 def _check_proposer(value: str) -> str:
     """Raises `ValueError`."""
-    if value in PROPOSERS or value.removeprefix(DRAFT) not in ("", value):
+    if value in _PROPOSERS[:-1] or (value.startswith("draft:") and value != "draft:"):
         return value
-    kinds = [*PROPOSERS, f"{DRAFT}MODEL"]
-    raise ValueError(f"expected {', '.join(kinds)}; {near(value, kinds)}")
+    raise ValueError(f"expected one of {', '.join(_PROPOSERS)}; {near(value, _PROPOSERS)}")
 
 
 class CacheConfig(BaseModel):

@@ -51,6 +51,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "multi_turn_chat": ("Paris", "French", "onjour"),
     "async_inference": ("Name three colours.\n  ", "Name three planets.\n  ", "Name three fruits.\n  "),
     "two_tier_cache": ("contiguous: 1", "two_tier: 1", "the answers agree in their first "),
+    "speculative_decoding": ("same answer: True", "tokens_per_step="),
     "config_file_run": ("What is the capital of France?\n  ", "Paris", "H2O"),
 }
 

@@ -185,6 +185,10 @@ BROKEN_BACKENDS = {
         "test_answers[5]",
     ),
     "cancel ignored": ("def cancel(self, request_id): pass", "test_cancel[5]"),
+    "no drafts": (
+        "def __init__(self, context): super().__init__(replace(context, speculator=None))",
+        "test_drafts_change_no_answer[5-1.0]",
+    ),
     "cancel of the queue ignored": (
         "def cancel(self, name): [self._drop(s) for s in list(self._running) if s.request.id == name]",
         "test_cancel[5]",

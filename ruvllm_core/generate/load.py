@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from ruvllm_core import protocols as p
@@ -19,7 +20,7 @@ from ruvllm_core.model.loader import ModelFile, open_model, quantize_weights
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.model.tokenizer import Tokenizer
 from ruvllm_core.registry import Registry
-from ruvllm_core.settings import DRAFT, CacheConfig, Settings
+from ruvllm_core.settings import Settings
 
 _NGRAM_DEPTH, _DEPTH = 15, 4  # most tokens of a draft: looking one up costs nothing, making it does
 _log = get_logger("load")
@@ -74,7 +75,16 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     make_backend = registry.load("backends", settings.backend)
     make_cache: Callable[[p.CacheContext], p.KVCachePolicy] = registry.load("cache_policies", settings.cache.policy)
     quantizer = registry.load("quantizers", settings.quantization) if settings.quantization else None
-    model, tokenizer = _open(settings.model, settings, registry, quantizer)
+
+    def open_named(name: str) -> tuple[ModelFile, Tokenizer]:
+        found = open_model(resolve(name, settings), registry)
+        found.check_finite()
+        tokenizer = found.tokenizer()
+        if quantizer is not None:
+            quantize_weights(found, quantizer)
+        return found, tokenizer
+
+    model, tokenizer = open_named(settings.model)
     max_context = _max_context(model.spec, settings)
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
 
@@ -87,20 +97,23 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
         sizes = max_context, max_sequences, max(settings.prefill_chunk, drafting)
         return make_cache(p.CacheContext(model.spec, decoder, settings.cache, *sizes, own))
 
-    def new_draft(name: str) -> p.Proposer:
-        draft, own = _open(name, settings, registry, quantizer)
-        _check_vocabulary(name, own, settings.model, tokenizer)
-        context = min(max_context, draft.spec.max_context)
-        computes, *_ = _choose_decoder(draft, settings, registry, context)
-        precision = CacheConfig(precision=settings.cache.precision)
-        return DraftModel(computes, precision, settings.prefill_chunk, model.spec.vocab_size, draft.close)
+    def new_proposer() -> p.Proposer:
+        kind, _, name = settings.speculative.partition(":")
+        if kind == "draft":
+            draft, own = open_named(name)
+            _check_vocabulary(name, own, settings.model, tokenizer)
+            computes, *_ = _choose_decoder(draft, settings, registry, min(max_context, draft.spec.max_context))
+            return DraftModel(draft, computes, settings, model.spec.vocab_size)
+        learned = next(filter(None, (loop.proposer() for loop in loops.values())), None)
+        if kind == "learned" and learned is None:
+            what = f"speculative is learned, but no learning loop offers drafts (running: {', '.join(loops) or 'none'})"
+            raise ConfigError(what, hint="have a loop that drafts installed and running, or set speculative to ngram")
+        return learned if learned is not None and kind == "learned" else NGramProposer()
 
     options = registry.options(registry.entry("backends", settings.backend).plugin)
-    proposer = _proposer(settings.speculative, loops, new_draft)
-    speculator = Speculator(proposer, depth) if proposer is not None else None
-    backend = make_backend(
-        p.BackendContext(model.spec, decoder, new_cache, settings.prefill_chunk, options, speculator)
-    )
+    speculator = None if settings.speculative == "off" else Speculator(new_proposer(), depth)
+    chunk = settings.prefill_chunk
+    backend = make_backend(p.BackendContext(model.spec, decoder, new_cache, chunk, options, speculator))
     info = EngineInfo(
         model=settings.model,
         path=model.path,
@@ -118,42 +131,14 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     return Parts(info, model, tokenizer, decoder, new_cache, backend, tuple(loops.values()), speculator)
 
 
-def _open(
-    name: str, settings: Settings, registry: Registry, quantizer: p.Quantizer | None
-) -> tuple[ModelFile, Tokenizer]:
-    model = open_model(resolve(name, settings), registry)
-    model.check_finite()
-    tokenizer = model.tokenizer()
-    if quantizer is not None:
-        quantize_weights(model, quantizer)
-    return model, tokenizer
-
-
-def _proposer(
-    wanted: str, loops: Mapping[str, p.LearningLoop], new_draft: Callable[[str], p.Proposer]
-) -> p.Proposer | None:
-    """Who drafts; None for ``off``. Raises `ConfigError` if no learning loop does."""
-    if wanted in ("off", "ngram"):
-        return NGramProposer() if wanted == "ngram" else None
-    if wanted.startswith(DRAFT):
-        return new_draft(wanted.removeprefix(DRAFT))
-    for loop in loops.values():
-        if (proposer := loop.proposer()) is not None:
-            return proposer
-    names = ", ".join(loops) or "none"
-    what = f"speculative is learned, but no learning loop offers drafts (running: {names})"
-    raise ConfigError(what, hint="set speculative to ngram, or see that a loop that drafts is installed and running")
-
-
 def _check_vocabulary(name: str, draft: Tokenizer, model: str, target: Tokenizer) -> None:
     """Raise `ConfigError` unless both have the same tokens."""
-    what = f"the draft model {name} has another vocabulary than {model}: "
-    hint = "a draft model has to come from the same family as the model it drafts for"
-    if draft.vocab_size != target.vocab_size:
-        raise ConfigError(f"{what}{draft.vocab_size} tokens instead of {target.vocab_size}", hint=hint)
-    for token in range(target.vocab_size):
-        if (own := draft.token_bytes(token)) != (theirs := target.token_bytes(token)):
-            raise ConfigError(f"{what}token {token} is {own!r} instead of {theirs!r}", hint=hint)
+    own, theirs = ([one.token_bytes(token) for token in range(one.vocab_size)] for one in (draft, target))
+    for token, (a, b) in enumerate(zip_longest(own, theirs)):
+        if a != b:
+            sizes, tokens = f"{len(own)} tokens instead of {len(theirs)}", f"token {token} is {a!r} instead of {b!r}"
+            what = f"the draft model {name} has another vocabulary than {model}: {sizes}, and {tokens}"
+            raise ConfigError(what, hint="a draft model has to be of the same family as the model it drafts for")
 
 
 def _choose_decoder(

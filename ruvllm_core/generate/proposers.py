@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -12,8 +11,9 @@ from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.generate.request import Request
 from ruvllm_core.generate.sampler import Sampler
 from ruvllm_core.generate.sequence import Sequence, advance
+from ruvllm_core.model.loader import ModelFile
 from ruvllm_core.protocols import CacheContext, Decoder, Draft, FloatArray, KVCachePolicy
-from ruvllm_core.settings import CacheConfig
+from ruvllm_core.settings import CacheConfig, Settings
 
 _RUN = 3  # tokens that must be found again
 
@@ -48,21 +48,17 @@ class NGramProposer:
 
 
 class DraftModel:
-    """Goes on as a smaller model would, drawing with the request's own parameters.
+    """Goes on as a smaller model would, drawing with the request's own parameters, but for penalties by occurrence.
 
     Args:
-        decoder: the draft model's.
-        precision: of its keys and values (`CacheConfig.precision`).
-        chunk: most tokens computed at once.
+        model: the smaller one.
+        decoder: computes it.
+        settings: how to; `cache.precision` and `prefill_chunk` count here too.
         vocab_size: V of the model that drafts are for; the two may differ in what pads them.
-        close: frees the model.
     """
 
-    def __init__(
-        self, decoder: Decoder, precision: CacheConfig, chunk: int, vocab_size: int, close: Callable[[], None]
-    ) -> None:
-        self._decoder, self._precision, self._chunk, self._vocab_size = decoder, precision, chunk, vocab_size
-        self._close = close
+    def __init__(self, model: ModelFile, decoder: Decoder, settings: Settings, vocab_size: int) -> None:
+        self._model, self._decoder, self._settings, self._vocab_size = model, decoder, settings, vocab_size
         self._running: dict[str, tuple[Sequence, KVCachePolicy]] = {}
         # Not of the requests' seeds: what is drafted must not depend on the numbers that it is judged by.
         self._random = np.random.default_rng()
@@ -71,13 +67,16 @@ class DraftModel:
         if len(token_ids) + k > self._decoder.spec.max_context:
             return Draft(())
         sequence, cache = self._resume(request, token_ids)
-        sampler = Sampler(request.params, request.prompt_ids, self._vocab_size)
-        for token in token_ids[len(request.prompt_ids) :]:
-            sampler.count(token)
-        tokens: list[int] = []
+        sampler = Sampler(request.params, token_ids, self._vocab_size)
         rows: list[FloatArray] = []
         for _ in range(k):
-            adjusted = sampler.adjust(self._logits(sequence, cache))
+            while count := min(self._settings.prefill_chunk, sequence.pending):
+                cache.extend(request.id, count)
+                hidden, _ = advance(self._decoder, cache, [(sequence, count)])
+            logits = np.full(self._vocab_size, -np.inf, dtype=np.float32)
+            known = self._decoder.logits(hidden)[0, : self._vocab_size]
+            logits[: len(known)] = known
+            adjusted = sampler.adjust(logits)
             if request.params.repeatable:
                 token = int(np.argmax(adjusted))
             else:
@@ -85,10 +84,8 @@ class DraftModel:
                 token = drawn_from.draw(self._random.random())
                 rows.append(np.zeros(self._vocab_size, dtype=np.float32))
                 rows[-1][drawn_from.ids] = drawn_from.probabilities
-            sampler.count(token)
-            tokens.append(token)
             sequence.token_ids.append(token)
-        return Draft(tokens, np.stack(rows) if rows else None)
+        return Draft(sequence.token_ids[len(token_ids) :], np.stack(rows) if rows else None)
 
     def forget(self, request_id: str) -> None:
         self._running.pop(request_id, None)
@@ -96,14 +93,15 @@ class DraftModel:
     def close(self) -> None:
         self._running.clear()
         self._decoder.close()
-        self._close()
+        self._model.close()
 
     def _resume(self, request: Request, token_ids: SequenceOf[int]) -> tuple[Sequence, KVCachePolicy]:
         """The request in this model, up to its last token; what was computed of drafts that were right stays."""
         if request.id not in self._running:
             spec = self._decoder.spec
             own = replace(request, adapter=None, capacity=min(request.capacity, spec.max_context))
-            cache = ContiguousCache(CacheContext(spec, self._decoder, self._precision, own.capacity, 1))
+            config = CacheConfig(precision=self._settings.cache.precision)
+            cache = ContiguousCache(CacheContext(spec, self._decoder, config, own.capacity, 1))
             self._running[request.id] = Sequence(own, cache, spec), cache
         sequence, kept_by = self._running[request.id]
         kept = min(sequence.computed, len(token_ids) - 1)
@@ -112,12 +110,3 @@ class DraftModel:
         kept_by.truncate(request.id, kept)
         sequence.token_ids, sequence.computed = list(token_ids), kept
         return sequence, kept_by
-
-    def _logits(self, sequence: Sequence, cache: KVCachePolicy) -> FloatArray:
-        """Of the token after the last one, ``[V]``."""
-        while count := min(self._chunk, sequence.pending):
-            cache.extend(sequence.request.id, count)
-            hidden, _ = advance(self._decoder, cache, [(sequence, count)])
-        found: FloatArray = self._decoder.logits(hidden)[0, : self._vocab_size]
-        missing = self._vocab_size - len(found)
-        return np.pad(found, (0, missing), constant_values=-np.inf) if missing else found

@@ -25,7 +25,7 @@ class Sequence:
     Attributes:
         token_ids: prompt and answer so far.
         computed: how many of them have their keys and values in the cache.
-        draft: in the middle of a step, what the last of them are if they are only drafted.
+        draft: of the latest step; while that computes, its tokens are the last of `token_ids`.
         hidden: the state the last token was drawn from, ``[C]``, before any adapter; None before the first one.
         rope_variant: the table of rotary frequencies all its keys use.
 
@@ -92,12 +92,18 @@ def run_batch(
     running: list[tuple[Sequence, int]] = []
     answering = [s.hidden is not None and count == s.pending == 1 for s, count in work]
     for (sequence, count), ready in zip(work, answering, strict=True):
-        if speculator is not None and ready:
-            sequence.draft = speculator.draft(sequence, len(work))
+        name = sequence.request.id
+        sequence.draft = speculator.draft(sequence, len(work)) if speculator is not None and ready else NOTHING
         try:
-            running.append((sequence, _make_room(cache, sequence, count)))
+            try:
+                cache.extend(name, count + len(sequence.draft.tokens))
+            except CacheFull:
+                sequence.draft = NOTHING
+                cache.extend(name, count)
+            sequence.token_ids += sequence.draft.tokens
+            running.append((sequence, count + len(sequence.draft.tokens)))
         except CacheFull as error:
-            events.append(TokenEvent(sequence.request.id, None, "error", error=error))
+            events.append(TokenEvent(name, None, "error", error=error))
     if not running:
         return events
     hidden, batch = advance(decoder, cache, running)
@@ -108,32 +114,17 @@ def run_batch(
     if speculator is not None:
         speculator.computed(len(batch.tokens), all(answering))
     for sequence in drawing:
-        draft = sequence.draft
-        rows = 1 + len(draft.tokens)
+        rows = 1 + len(sequence.draft.tokens)
         drawn = _draw(sequence, hidden[:rows], logits[:rows])
         hidden, logits = hidden[rows:], logits[rows:]
         if (kept := len(sequence.token_ids) - 1) < sequence.computed:
             cache.truncate(sequence.request.id, kept)
             sequence.computed = kept
         if speculator is not None:
-            stats = speculator.learn(sequence, len(running), draft, drawn)
+            stats = speculator.learn(sequence, len(running), drawn)
             drawn = [replace(event, speculation=stats) for event in drawn]
         events += drawn
     return events
-
-
-def _make_room(cache: KVCachePolicy, sequence: Sequence, count: int) -> int:
-    """Tokens of `sequence` to compute, for which there is room now; its draft is given up if there is none for that."""
-    drafted = len(sequence.draft.tokens)
-    try:
-        cache.extend(sequence.request.id, count + drafted)
-    except CacheFull:
-        if not drafted:
-            raise
-        drafted, sequence.draft = 0, NOTHING
-        cache.extend(sequence.request.id, count)
-    sequence.token_ids += sequence.draft.tokens
-    return count + drafted
 
 
 def make_batch(cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> Batch:
@@ -162,7 +153,6 @@ def make_batch(cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> 
 def _draw(sequence: Sequence, hidden: FloatArray, logits: FloatArray) -> list[TokenEvent]:
     """Draw a token from the first of ``[1 + k]`` rows, and from each next one as long as that was the drafted token."""
     request, draft, first = sequence.request, sequence.draft, sequence.generated == 0
-    sequence.draft = NOTHING
     del sequence.token_ids[len(sequence.token_ids) - len(draft.tokens) :]
     events: list[TokenEvent] = []
     for row, drafted in enumerate((*draft.tokens, None)):

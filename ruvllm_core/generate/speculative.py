@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ruvllm_core.generate.depth import Costs, Depth
+from ruvllm_core.generate.depth import Costs, Depth, mean
 from ruvllm_core.generate.request import SpeculationStats, TokenEvent
 from ruvllm_core.generate.sampler import Distribution
 from ruvllm_core.log import get_logger
@@ -23,18 +23,19 @@ from ruvllm_core.protocols import Draft, FloatArray, Proposer
 if TYPE_CHECKING:
     from ruvllm_core.generate.sequence import Sequence
 
-NOTHING = Draft(())
+NOTHING, _NONE = Draft(()), SpeculationStats(0, 0, 0.0, None)
+_FIRST = 4  # steps without drafts before the first draft, so that there is something to compare with
 _log = get_logger("speculative")
 
 
-def accept_or_resample(target: Distribution, drafted: int, drawn_from: FloatArray, uniform: Callable[[], float]) -> int:
+def accept_or_resample(target: Distribution, uniform: Callable[[], float], drafted: int, drawn_from: FloatArray) -> int:
     """`drafted` with probability ``min(1, p / q)``, else a token from ``max(0, p - q)``: together, one drawn from p.
 
     Args:
         target: p.
+        uniform: a new random number in ``[0, 1)`` at every call.
         drafted: a token drawn from q.
         drawn_from: q, float32 ``[V]``.
-        uniform: a new random number in ``[0, 1)`` at every call.
     """
     p = target.probabilities
     if uniform() * drawn_from[drafted] < p[target.ids == drafted].sum():
@@ -52,15 +53,12 @@ class _Record:
     """
 
     depth: Depth = field(default_factory=Depth)
-    proposed: int = 0
-    accepted: int = 0
+    stats: SpeculationStats = _NONE
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
     plain: float = 0.0
     proposing: float = 0.0
-    drafted: bool = False
-    broken: bool = False
 
 
 class Speculator:
@@ -77,7 +75,7 @@ class Speculator:
 
     def __init__(self, proposer: Proposer, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._proposer, self._most, self._clock = proposer, most, clock
-        self._steps, self._proposals = Costs({}), Costs({0: 0.0})
+        self._steps, self._proposal_s, self._compared = Costs(), 0.0, 0
         self._records: dict[str, _Record] = {}
         self._mark = self._step_s = 0.0  # when the last call ended; what the last step took, 0 if it cannot be compared
 
@@ -85,26 +83,24 @@ class Speculator:
         """What may follow the tokens of `sequence`, one of `sequences` in the next step."""
         request, began = sequence.request, self._clock()
         record = self._records.setdefault(request.id, _Record())
-        room = min(self._most, request.max_new_tokens - sequence.generated - 1)
-        draft, self._mark, record.proposing, follows = NOTHING, began, 0.0, record.drafted
-        record.drafted = False
-        if record.broken or record.depth.waiting or room < 1 or not self._steps.seconds:
-            return draft
-        depths = np.arange(room + 1)
-        costs = self._steps(sequences * (1 + depths)) + sequences * self._proposals(depths)
-        if wanted := record.depth.choose(costs):
+        draft, self._mark, follows, record.proposing = NOTHING, began, record.proposing > 0, 0.0
+        if (best := record.depth.best) is None and self._compared >= _FIRST:
+            depths = np.arange(self._most + 1)
+            costs = self._steps(sequences * (1 + depths)) + sequences * self._proposal_s * depths
+            best = record.depth.choose(costs)
+        wanted = min(best or 0, request.max_new_tokens - sequence.generated - 1)
+        if wanted > 0 and sequence.hidden is not None:
             try:
-                assert sequence.hidden is not None
                 draft = self._proposer.propose(request, sequence.token_ids, wanted, sequence.hidden)
                 _check(draft, wanted, sequence.sampler.vocab_size)
             except Exception as error:  # a proposer may be foreign code, and no answer depends on it
                 what = f"{type(error).__name__}: {error}"
                 _log.warning("drafting failed: this request goes on without", request=request.id, error=what)
-                draft, record.broken = NOTHING, True
+                draft, record.depth.best = NOTHING, 0
             self._mark = self._clock()
-            record.proposing, record.drafted = self._mark - began, True
+            record.proposing = self._mark - began
             if follows:  # the first one after a pause also takes in the text since the last
-                self._proposals.add(wanted, record.proposing)
+                self._proposal_s = mean(self._proposal_s, record.proposing / wanted)
         return draft
 
     def computed(self, tokens: int, comparable: bool) -> None:
@@ -113,31 +109,25 @@ class Speculator:
         self._step_s, self._mark = (now - self._mark if comparable else 0.0), now
         if comparable:
             self._steps.add(tokens, self._step_s)
+            self._compared += 1
 
-    def learn(
-        self, sequence: Sequence, sequences: int, draft: Draft, drawn: SequenceOf[TokenEvent]
-    ) -> SpeculationStats:
-        """A step of `sequences` has `drawn` tokens of one of them, after `draft`; its statistics so far."""
+    def learn(self, sequence: Sequence, sequences: int, drawn: SequenceOf[TokenEvent]) -> SpeculationStats:
+        """A step of `sequences` has `drawn` tokens of one of them; its statistics so far."""
+        drafted = sequence.draft.tokens
         now, record = self._clock(), self._records.setdefault(sequence.request.id, _Record())
-        right = [event.token_id == token for event, token in zip(drawn, draft.tokens, strict=False)].count(True)
-        record.depth.learn(len(draft.tokens), right)
-        record.proposed += len(draft.tokens)
-        record.accepted += right
+        right = [event.token_id == token for event, token in zip(drawn, drafted, strict=False)].count(True)
+        record.depth.learn(len(drafted), right)
         if sequence.generated > len(drawn):  # the first token comes of the prompt
             record.tokens += len(drawn)
             record.steps += 1
-        plain = self._steps.seconds.get(sequences)
-        if self._step_s and plain is not None:
-            drawing = now - self._mark
-            record.seconds += self._step_s + drawing + record.proposing
-            record.plain += len(drawn) * plain + drawing
-        self._mark = now
-        return SpeculationStats(
-            proposed=record.proposed,
-            accepted=record.accepted,
-            tokens_per_step=record.tokens / max(record.steps, 1),
-            speedup_estimate=record.plain / record.seconds if record.seconds else None,
-        )
+        if self._step_s and (plain := self._steps.seconds.get(sequences)) is not None:
+            record.seconds += self._step_s + record.proposing + now - self._mark
+            record.plain += len(drawn) * plain + now - self._mark
+        self._mark, stats = now, record.stats
+        speedup = record.plain / record.seconds if record.seconds else None
+        counts = stats.proposed + len(drafted), stats.accepted + right
+        record.stats = SpeculationStats(*counts, record.tokens / max(record.steps, 1), speedup)
+        return record.stats
 
     def forget(self, request_id: str) -> None:
         """A request has ended; one that is not known is ignored."""
@@ -151,9 +141,8 @@ class Speculator:
 
 def _check(draft: Draft, wanted: int, vocab_size: int) -> None:
     """Raise `ValueError` for a draft that cannot be computed or judged."""
-    q, count = draft.probabilities, len(draft.tokens)
-    fits = count <= wanted and all(0 <= token < vocab_size for token in draft.tokens)
-    if not fits or (q is not None and q.shape != (count, vocab_size)):
-        raise ValueError(
-            f"expected up to {wanted} tokens below {vocab_size}, with one distribution each or none: {draft}"
-        )
+    tokens, q = draft.tokens, draft.probabilities
+    if len(tokens) > wanted or not all(0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"expected up to {wanted} tokens below {vocab_size}, got {list(tokens)}")
+    if q is not None and q.shape != (len(tokens), vocab_size):
+        raise ValueError(f"expected probabilities [{len(tokens)}, {vocab_size}], got {list(q.shape)}")

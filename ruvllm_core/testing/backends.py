@@ -1,14 +1,18 @@
 """`BackendSuite`: how a backend executes requests."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ruvllm_core.decode.contiguous import ContiguousCache
 from ruvllm_core.errors import CacheFull, PromptTooLong
 from ruvllm_core.generate.request import GenerateParams, Request, TokenEvent
 from ruvllm_core.generate.sampler import Sampler
-from ruvllm_core.protocols import Backend, BackendContext, Decoder
+from ruvllm_core.generate.speculative import Speculator
+from ruvllm_core.protocols import Backend, BackendContext, Decoder, Draft, FloatArray
 from ruvllm_core.testing import tiny
 
 
@@ -21,10 +25,30 @@ class SmallCache(ContiguousCache):
         super().extend(sequence, count)
 
 
+class Knowing:
+    """Drafts what is to come; with probability ``1 - right``, something else."""
+
+    def __init__(self, answers: dict[str, list[int]], right: float) -> None:
+        self.answers, self.right, self.random = answers, right, np.random.default_rng(0)
+
+    def propose(self, request: Request, token_ids: Sequence[int], k: int, hidden: FloatArray) -> Draft:
+        done = len(token_ids) - len(request.prompt_ids)
+        wrong = self.random.random(k) >= self.right
+        coming = self.answers[request.id][done : done + k]
+        return Draft([token ^ int(off) for token, off in zip(coming, wrong, strict=False)])
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class BackendSuite:
     """Define `make_backend`. Each answer has to be the one computed from scratch for each of its tokens."""
 
     decoder: Decoder
+    context: BackendContext
 
     def make_backend(self, context: BackendContext) -> Backend:
         raise NotImplementedError
@@ -34,9 +58,8 @@ class BackendSuite:
         """A backend that computes at most so many prompt tokens at once."""
         self.decoder = decoder = tiny.tiny_decoder(tiny.FLAVOURS["longrope"])
         context = tiny.cache_context
-        return self.make_backend(
-            BackendContext(decoder.spec, decoder, lambda n: SmallCache(context(decoder, n)), request.param)
-        )
+        self.context = BackendContext(decoder.spec, decoder, lambda n: SmallCache(context(decoder, n)), request.param)
+        return self.make_backend(self.context)
 
     def test_answers(self, backend: Backend) -> None:
         mix = self.requests()
@@ -62,6 +85,15 @@ class BackendSuite:
         for name in ("poor", "long"):
             assert isinstance(events[name][-1].error, (CacheFull, PromptTooLong))
             assert events[name][-1].finish_reason == "error"
+
+    @pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
+    def test_drafts_change_no_answer(self, right: float) -> None:
+        mix = self.requests()
+        speculator = Speculator(Knowing({request.id: self.expected(request) for request in mix}, right), 3, lambda: 0.0)
+        events = self.serve(self.make_backend(replace(self.context, speculator=speculator)), mix)
+        found = [said[-1].speculation for said in events.values()]
+        assert all(found) and sum(stats.proposed for stats in found if stats), "`run_batch` was given no speculator"
+        assert (right > 0) == any(stats.accepted > 0 for stats in found if stats)
 
     def test_close(self, backend: Backend) -> None:
         assert backend.step() == []

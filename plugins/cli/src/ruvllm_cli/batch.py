@@ -187,4 +187,6 @@ def generation_row(answer: Generation) -> dict[str, Any]:
         row["logprobs"] = list(answer.logprobs)
     if answer.top_logprobs is not None:
         row["top_logprobs"] = [dict(top) for top in answer.top_logprobs]
+    if answer.speculation is not None:
+        row["speculation"] = asdict(answer.speculation)
     return row

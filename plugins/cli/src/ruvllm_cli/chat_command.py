@@ -8,7 +8,7 @@ import sys
 import click
 
 from ruvllm_cli.chat import MULTI_LINE, Chat
-from ruvllm_cli.options import model_options, sampling_options, sampling_params
+from ruvllm_cli.options import model_options, sampling_options, sampling_params, speculation_options
 from ruvllm_core.cli.app import App, pass_app, setting
 from ruvllm_core.errors import RuvLLMError
 
@@ -17,6 +17,7 @@ from ruvllm_core.errors import RuvLLMError
 @click.argument("model", required=False)
 @setting("run.system", "--system", metavar="TEXT", help="System message.")
 @model_options
+@speculation_options
 @sampling_options
 @pass_app
 def command(app: App, model: str | None) -> None:

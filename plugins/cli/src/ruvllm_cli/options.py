@@ -38,6 +38,10 @@ _MODEL = (
     setting("dtype", "--dtype", help="auto, float32, bfloat16 or float16."),
     setting("cache.policy", "--cache", metavar="POLICY", help="Where keys and values live."),
 )
+_SPECULATION = (
+    setting("speculative", "--speculative", metavar="KIND", help="Who drafts: ngram, draft:MODEL, learned or off."),
+    setting("draft_tokens", "--draft-tokens", type=int, metavar="N", help="Most tokens drafted at a time."),
+)
 _SAMPLING = (
     setting("sampling.max_tokens", "--max-tokens", "-n", type=int, help="Most tokens to generate."),
     setting("sampling.temperature", "--temperature", "-t", type=float, help="Randomness; 0 is greedy."),
@@ -60,6 +64,13 @@ _SAMPLING = (
 def model_options(function: _F) -> _F:
     """How a model is loaded."""
     for option in reversed(_MODEL):
+        function = option(function)
+    return function
+
+
+def speculation_options(function: _F) -> _F:
+    """Speculative decoding."""
+    for option in reversed(_SPECULATION):
         function = option(function)
     return function
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ruvllm_cli.batch import Job, answers_file, generation_row, read_jobs, run_jobs, with_system
-from ruvllm_cli.options import model_options, read_text, sampling_options, sampling_params
+from ruvllm_cli.options import model_options, read_text, sampling_options, sampling_params, speculation_options
 from ruvllm_cli.progress import progress
 from ruvllm_core.cli.app import App, pass_app, setting
 from ruvllm_core.cli.output import print_json
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @setting("run.system", "--system", metavar="TEXT", help="System message.")
 @setting("run.raw", "--raw", is_flag=True, help="The prompt as it is, without the chat template.")
 @model_options
+@speculation_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 @pass_app
