@@ -93,7 +93,7 @@ class BackendSuite:
         events = self.serve(self.make_backend(replace(self.context, speculator=speculator)), mix)
         found = [said[-1].speculation for said in events.values()]
         assert all(found) and sum(stats.proposed for stats in found if stats), "`run_batch` was given no speculator"
-        assert (right > 0) == any(stats.accepted > 0 for stats in found if stats)
+        assert (right > 0) == any(stats is not None and stats.accepted > 0 for stats in found)
 
     def test_close(self, backend: Backend) -> None:
         assert backend.step() == []

@@ -24,6 +24,7 @@ class MistralBackend:
         self._spec = context.spec
         self._decoder = context.decoder
         self._step_tokens = context.prefill_chunk
+        self._speculator = context.speculator
         self._limit = options.max_sequences
         self._cache = context.cache(self._limit)
         self._queue: deque[Request | Sequence] = deque()
@@ -64,7 +65,7 @@ class MistralBackend:
             if count := min(sequence.pending, room):
                 work.append((sequence, count))
                 room -= count
-        events = run_batch(self._decoder, self._cache, work)
+        events = run_batch(self._decoder, self._cache, work, self._speculator)
         crowded = len(self._running) > 1
         refused = [event for event in events if crowded and isinstance(event.error, CacheFull)]
         events = [event for event in events if event not in refused]
