@@ -51,7 +51,7 @@ def qwen_like(bias: float) -> Decoder:
         elif name == "embed":  # what a token is counts for more than what it is told
             values = values * 6
         elif name.endswith("attn.q"):  # scores of a few units, whatever the bias
-            values = values / (28 if bias else 2)
+            values = values / (32 if bias else 2)
         elif values.ndim == 2:
             values = values / 2
         weights[name] = QuantTensor.from_float(values)
