@@ -68,7 +68,7 @@ class CountingCache:
     def view(self, sequences: Sequence[str]) -> KVView:
         return KVView([], np.empty(0, np.int64))
 
-    def commit(self, sequence: str) -> None:
+    def commit(self, sequence: str, token_ids: Sequence[int] = ()) -> None:
         self.lengths[sequence] += self.reserved.pop(sequence)
 
     def truncate(self, sequence: str, length: int) -> None:

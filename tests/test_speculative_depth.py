@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def run(
     times: list[tuple[float, int]] = []
 
     class Watch(CountingCache):
-        def commit(self, sequence: str) -> None:
+        def commit(self, sequence: str, token_ids: Sequence[int] = ()) -> None:
             before = self.lengths[sequence]
             super().commit(sequence)
             times.append((clock.now, self.lengths[sequence] - before))
