@@ -79,15 +79,13 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     def open_named(name: str) -> tuple[ModelFile, Tokenizer]:
         found = open_model(resolve(name, settings), registry)
         found.check_finite()
-        tokenizer = found.tokenizer()
         if quantizer is not None:
             quantize_weights(found, quantizer)
-        return found, tokenizer
+        return found, found.tokenizer()
 
     model, tokenizer = open_named(settings.model)
     max_context = _max_context(model.spec, settings)
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
-
     loops = _learning_loops(settings, registry, decoder)
     depth = settings.draft_tokens or (_NGRAM_DEPTH if settings.speculative == "ngram" else _DEPTH)
 
@@ -104,11 +102,13 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
             _check_vocabulary(name, own, settings.model, tokenizer)
             computes, *_ = _choose_decoder(draft, settings, registry, min(max_context, draft.spec.max_context))
             return DraftModel(draft, computes, settings, model.spec.vocab_size)
-        learned = next(filter(None, (loop.proposer() for loop in loops.values())), None)
-        if kind == "learned" and learned is None:
-            what = f"speculative is learned, but no learning loop offers drafts (running: {', '.join(loops) or 'none'})"
-            raise ConfigError(what, hint="have a loop that drafts installed and running, or set speculative to ngram")
-        return learned if learned is not None and kind == "learned" else NGramProposer()
+        if kind == "ngram":
+            return NGramProposer()
+        for loop in loops.values():
+            if (proposer := loop.proposer()) is not None:
+                return proposer
+        what = f"speculative is learned, but no learning loop offers drafts (running: {', '.join(loops) or 'none'})"
+        raise ConfigError(what, hint="have a loop that drafts installed and running, or set speculative to ngram")
 
     options = registry.options(registry.entry("backends", settings.backend).plugin)
     speculator = None if settings.speculative == "off" else Speculator(new_proposer(), depth)

@@ -151,7 +151,7 @@ class SpeculationStats:
     """What speculative decoding did for one request.
 
     Attributes:
-        proposed, accepted: tokens drafted, and those of them that were kept.
+        proposed, accepted: tokens drafted, and what they added to the one token that every step gives.
         tokens_per_step: tokens after the first, by the steps they took: 1 without drafts, 0 without such tokens.
         speedup_estimate: how many times faster these steps gave tokens than steps without drafts, as measured, would
             have; None if there was nothing to compare.

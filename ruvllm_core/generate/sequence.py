@@ -59,9 +59,11 @@ class Sequence:
         return "length" if self.generated >= self.request.max_new_tokens else None
 
 
-def advance(
-    decoder: Decoder, cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]], *, every: bool = False
-) -> tuple[FloatArray, Batch]:
+#: Sequences, and how many of their next tokens to compute.
+Work = SequenceOf[tuple[Sequence, int]]
+
+
+def advance(decoder: Decoder, cache: KVCachePolicy, work: Work, *, every: bool = False) -> tuple[FloatArray, Batch]:
     """Compute the next `count` tokens of each sequence, for which `cache` has made room.
 
     Returns the hidden states ``[R, C]`` of the last token of those then up to date, or of `every` token.
@@ -77,10 +79,7 @@ def advance(
 
 
 def run_batch(
-    decoder: Decoder,
-    cache: KVCachePolicy,
-    work: SequenceOf[tuple[Sequence, int]],
-    speculator: Speculator | None = None,
+    decoder: Decoder, cache: KVCachePolicy, work: Work, speculator: Speculator | None = None
 ) -> list[TokenEvent]:
     """Compute the next `count` tokens of each sequence; draw one more for each that is then up to date.
 
@@ -127,7 +126,7 @@ def run_batch(
     return events
 
 
-def make_batch(cache: KVCachePolicy, work: SequenceOf[tuple[Sequence, int]]) -> Batch:
+def make_batch(cache: KVCachePolicy, work: Work) -> Batch:
     """The ragged batch of the next `count` tokens of each sequence.
 
     Wanted rows are the last of those then up to date, and in a draft also those before every drafted token.

@@ -54,8 +54,6 @@ class _Record:
 
     depth: Depth = field(default_factory=Depth)
     stats: SpeculationStats = _NONE
-    tokens: int = 0
-    steps: int = 0
     seconds: float = 0.0
     plain: float = 0.0
     proposing: float = 0.0
@@ -117,16 +115,14 @@ class Speculator:
         now, record = self._clock(), self._records.setdefault(sequence.request.id, _Record())
         right = [event.token_id == token for event, token in zip(drawn, drafted, strict=False)].count(True)
         record.depth.learn(len(drafted), right)
-        if sequence.generated > len(drawn):  # the first token comes of the prompt
-            record.tokens += len(drawn)
-            record.steps += 1
         if self._step_s and (plain := self._steps.seconds.get(sequences)) is not None:
             record.seconds += self._step_s + record.proposing + now - self._mark
             record.plain += len(drawn) * plain + now - self._mark
         self._mark, stats = now, record.stats
         speedup = record.plain / record.seconds if record.seconds else None
-        counts = stats.proposed + len(drafted), stats.accepted + right
-        record.stats = SpeculationStats(*counts, record.tokens / max(record.steps, 1), speedup)
+        accepted, tokens = stats.accepted + len(drawn) - 1, sequence.generated - 1  # the first one is the prompt's
+        per_step = tokens / max(tokens - accepted, 1)
+        record.stats = SpeculationStats(stats.proposed + len(drafted), accepted, per_step, speedup)
         return record.stats
 
     def forget(self, request_id: str) -> None:
