@@ -27,7 +27,7 @@ from ruvllm_core.testing import tiny
 POLICIES = [entry.name for entry in Registry.discover(Settings()).entries("cache_policies")]
 TIERS = {"kv_cache": {"tail_length": 8, "migration_batch": 16}}  # so small that tokens of tiny models move, too
 REGISTRY = Registry.discover(Settings(plugins=TIERS if "two_tier" in POLICIES else {}))
-PROMPTS = [np.random.default_rng(n).integers(0, 256, 6 + n % 13).tolist() for n in range(52)]
+PROMPTS = [np.random.default_rng(n).integers(0, 256, 3 + n % 7).tolist() * 2 for n in range(52)]
 SAMPLED = {
     "plain": {},
     "cold": {"temperature": 0.5},
@@ -59,8 +59,7 @@ def draft_model(decoder: Decoder, vocab_size: int = 264) -> DraftModel:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_greedy_tokens_are_those_without_drafts(decoder: Decoder, policy: str) -> None:
-    cache, own = make_cache(policy, decoder), policy == "contiguous"
-    length = 20 if own else 12
+    cache, length = make_cache(policy, decoder), 12
     requests = [tiny.tiny_request(prompt, max_tokens=length, keep_hidden=True) for prompt in PROMPTS]
     plain = {request.id: answer(decoder, cache, request) for request in requests}
     tokens = {name: [event.token_id or 0 for event in events] for name, events in plain.items()}
@@ -73,9 +72,9 @@ def test_greedy_tokens_are_those_without_drafts(decoder: Decoder, policy: str) -
         "another model": draft_model(smaller),
         "the same model": draft_model(decoder),
     }
-    for kind in proposers if own else ("ngram", "half right", "the same model"):
-        speculator, proposed, accepted = eager(proposers[kind], 4), 0, 0
-        for request in requests:
+    for kind, proposer in proposers.items():
+        speculator, proposed, accepted = eager(proposer, 4), 0, 0
+        for request in requests[:8] if "model" in kind else requests:  # models take their time
             events = answer(decoder, cache, request, speculator)
             assert [event.token_id for event in events] == tokens[request.id], kind
             assert [event.finish_reason for event in events] == [event.finish_reason for event in plain[request.id]]
