@@ -2,8 +2,9 @@
 
 Two kinds of prompts, all from text that comes with Python or this repository: `copy` is text that the model repeats
 (a passage again, code with a function renamed, JSON with a value changed), greedy; `creative` is text it makes up, at
-temperature 1 with the default nucleus, where looking back cannot help. Answers of both sides must be the same, token
-for token. Every prompt is answered in turns by both engines, and the medians count. Prints a table and one JSON line.
+temperature 1 with the default nucleus, where looking back cannot help. Answers of both sides are the same but for
+rounding, which the table tells. Both engines answer every prompt in turns, and the medians count. Prints a table and
+one JSON line.
 """
 
 from __future__ import annotations
@@ -40,10 +41,8 @@ def copy_prompts() -> dict[str, tuple[str, bool]]:
     house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## House rules")[2][:1500].strip()
     licence = (ROOT / "LICENSE-MIT").read_text(encoding="utf-8").strip()
     shorten = inspect.getsource(textwrap.shorten).strip()
-    rows = [
-        {"id": n, "name": name, "tags": [name[:2], name[-2:]]} for n, name in enumerate(["alpha", "bravo", "delta"])
-    ]
-    document = json.dumps(rows * 2, indent=1)
+    fields = Settings.model_json_schema()["$defs"]["SamplingFields"]["properties"]
+    document = json.dumps({name: fields[name] for name in ("max_tokens", "temperature", "top_k", "top_p")}, indent=1)
     again = "Repeat the text above word for word."
     return {
         "passage, chat": (f"{zen}\n\n{again}", True),
@@ -51,7 +50,7 @@ def copy_prompts() -> dict[str, tuple[str, bool]]:
         "licence, chat": (f"{licence}\n\n{again}", True),
         "rules, chat": (f"{house}\n\n{again}", True),
         "code, chat": (f"```python\n{shorten}\n```\nRename the function to abbreviate and write it again.", True),
-        "JSON, raw": (f"Before:\n{document}\n\nAfter, with BRAVO in capitals:\n[\n {{\n  ", False),
+        "JSON, chat": (f"```json\n{document}\n```\nSet the default of top_k to 40 and write the JSON again.", True),
     }
 
 
