@@ -98,7 +98,7 @@ static inline void mix(const float* scores, int64_t count, int64_t padded, float
     mix_rows<R, 2>(scores, count, padded, mixed, value);
 }
 
-static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
+__attribute__((always_inline)) static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
 }
 
