@@ -119,6 +119,19 @@ struct Panel {
     const uint8_t *keys, *key_scales, *values, *value_scales, *mean;
 };
 
+// Asks memory for a panel of the next tile.
+static inline void fetch(const StoreLayout& layout, const Panel& panel) {
+    for (int64_t i = 0; i < kPanelTokens * layout.row; i += 64) {
+        __builtin_prefetch(panel.keys + i, 0, 3);
+        __builtin_prefetch(panel.values + i, 0, 3);
+    }
+    for (int64_t i = 0; i < kPanelTokens * 2 * layout.groups; i += 64) {
+        __builtin_prefetch(panel.key_scales + i, 0, 3);
+        __builtin_prefetch(panel.value_scales + i, 0, 3);
+    }
+    __builtin_prefetch(panel.mean, 0, 3);
+}
+
 // scores of a panel for NT rows from row r on; what they hold already is added where there is a key bias.
 template <int BITS, int NT>
 static inline void score_panel(const StoreLayout& layout, const Panel& panel, const Rows& rows, const Coded& coded,
@@ -247,23 +260,30 @@ static void walk_coded(const AttentionTask& task, const Rows& rows, const RvSegm
     const int32_t* table = segment.table + (int64_t)task.sequence * segment.table_stride;
     const uint8_t *keys = (const uint8_t*)segment.keys[task.layer], *values = (const uint8_t*)segment.values[task.layer];
     const uint8_t* means = (const uint8_t*)segment.means[task.layer];
-    code_queries<BITS>(task, rows, coded);
-    for (int64_t r = 0; r < rows.count; r++) hadamard(rows.mixed + r * padded, layout.dim);
-    const uint8_t* mean = nullptr;
-    for (int64_t at = (seen.low - start) / kPanelTokens * kPanelTokens; at < seen.high - start;) {
-        // Tiles end where whole ones would, so that most are of one block.
-        const int64_t found = least(kKeyTile - at % kKeyTile, seen.high - start - at);
-        const int64_t count = (found + kPanelTokens - 1) / kPanelTokens;
-        Panel panels[kTilePanels];
-        for (int64_t p = 0; p < count; p++) {
-            const int64_t token = at + p * kPanelTokens, block = table[token / layout.size], offset = token % layout.size;
+    const int64_t end = seen.high - start;
+    // Tiles end where whole ones would, so that most are of one block.
+    const auto tile = [&](int64_t at, Panel* panels) {
+        const int64_t found = most(0, least(kKeyTile - at % kKeyTile, end - at));
+        for (int64_t p = 0; p * kPanelTokens < found; p++, at += kPanelTokens) {
+            const int64_t block = table[at / layout.size], offset = at % layout.size;
             const int64_t codes = layout.codes(block, task.kv_head, offset);
             const int64_t scales = layout.scales(block, task.kv_head, offset);
             panels[p] = {keys + codes, keys + scales, values + codes, values + scales,
                          means + layout.mean(block, task.kv_head)};
         }
+        return found;
+    };
+    Panel tiles[2][kTilePanels], *panels = tiles[0], *next = tiles[1];
+    const uint8_t* mean = nullptr;
+    int64_t at = (seen.low - start) / kPanelTokens * kPanelTokens, found = tile(at, panels);
+    for (int64_t p = 0; p * kPanelTokens < found; p++) fetch(layout, panels[p]);
+    code_queries<BITS>(task, rows, coded);
+    for (int64_t r = 0; r < rows.count; r++) hadamard(rows.mixed + r * padded, layout.dim);
+    while (found) {
+        const int64_t count = (found + kPanelTokens - 1) / kPanelTokens, ahead = tile(at + found, next);
         if (coded.bias) score_swing(task, rows, coded, start + at, found, few);
         for (int64_t p = 0; p < count; p++) {
+            if (p * kPanelTokens < ahead) fetch(layout, next[p]);
             if (panels[p].mean != mean) add_mean(layout, mean = panels[p].mean, rows, coded, rows.values);
             each_code_rows(rows.count, [&](auto tag, int64_t r) {
                 score_panel<BITS, decltype(tag)::scheme>(layout, panels[p], rows, coded, r,
@@ -275,7 +295,11 @@ static void walk_coded(const AttentionTask& task, const Rows& rows, const RvSegm
             mix_panels<BITS, decltype(tag)::scheme>(layout, panels, count, padded, rows.scores + r * kKeyTile,
                                                     rows.mixed + r * padded);
         });
+        Panel* const done = panels;
+        panels = next;
+        next = done;
         at += found;
+        found = ahead;
     }
     for (int64_t r = 0; r < rows.count; r++) hadamard(rows.mixed + r * padded, layout.dim);
 }

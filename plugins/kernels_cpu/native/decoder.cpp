@@ -12,7 +12,7 @@ constexpr int64_t kInnerTokens = 264;   // whose inner activations are in memory
 constexpr int64_t kEmbedTokens = 16;    // after which the pages of their embeddings are let go
 constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
 constexpr int64_t kMovedTokens = 64;    // of one task; fewer in all are not worth waking threads for
-constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, whatever the number of threads
+constexpr int64_t kSplitKeys = 1024;     // keys of one task where tokens are few, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
 
