@@ -49,7 +49,7 @@ struct RvModel {
 };
 
 struct RvSegment {
-    int32_t type, block_size, table_stride, unused;  // type: RvKvType
+    int32_t type, block_size, table_stride, num_blocks;  // type: RvKvType
     const int32_t* table;    // [B, table_stride]
     const int32_t* lengths;  // [B]
     const int32_t* starts;   // [B]

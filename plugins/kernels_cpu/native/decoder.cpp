@@ -12,7 +12,8 @@ constexpr int64_t kInnerTokens = 264;   // whose inner activations are in memory
 constexpr int64_t kEmbedTokens = 16;    // after which the pages of their embeddings are let go
 constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
 constexpr int64_t kMovedTokens = 64;    // of one task; fewer in all are not worth waking threads for
-constexpr int64_t kSplitKeys = 1024;     // keys of one task where tokens are few, whatever the number of threads
+constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, at least
+constexpr int64_t kSplits = 16;         // tasks of a head then, at most, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
 
@@ -152,7 +153,7 @@ void RvDecoder::carry_out(const RvBatch& batch, int layer) {
 }
 
 // Tiles of every sequence for each key/value head, those that see most keys first; where tokens are few, their keys are
-// split, for the sake of the threads, into runs that do not depend on how many there are.
+// split, for the sake of the threads, into runs that depend on nothing but positions.
 void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out) {
     const int64_t window = layers_[(size_t)layer].source.window;
     tasks_.clear();
@@ -162,7 +163,8 @@ void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* que
             const int64_t end = std::min(begin + kQueryTile, (int64_t)batch.cu_q[b + 1]);
             const int64_t high = batch.positions[end - 1] + 1;
             const int64_t low = window ? std::max((int64_t)0, batch.positions[begin] - window + 1) : 0;
-            const int64_t keys = end - begin < kSmallTokens ? kSplitKeys : high;
+            const int64_t step = (high / kSplits + kSplitKeys) / kSplitKeys * kSplitKeys;
+            const int64_t keys = end - begin < kSmallTokens ? step : high;
             for (int32_t head = 0; head < model_.kv_heads; head++)
                 for (int64_t from = low, to; from < high; from = to) {
                     to = std::min(high, (from / keys + 1) * keys);

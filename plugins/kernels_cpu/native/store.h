@@ -1,8 +1,9 @@
 // Quantized keys and values as they lie in memory. What the numbers mean is in ruvllm_core/decode/coded.py.
 //
 // D = head_dim; G values share a scale (64 of them if 64 divides D, else all); S tokens of a block, a multiple of 16.
-// A layer has three arrays: keys and values [blocks][kv_heads][S * (D * bits / 8 + 2 * D / G)] bytes, which begin on
-// lines of 64 bytes, and means [blocks][kv_heads][D + 2]. A block of one head is its codes and then its scales.
+// A layer has three arrays: keys and values [kv_heads][blocks][S * (D * bits / 8 + 2 * D / G)] bytes, which begin on
+// lines of 64 bytes, and means [kv_heads][blocks][D + 2]. A block of one head is its codes and then its scales; that a
+// head's blocks follow each other makes one stream of them where a sequence's blocks do.
 //
 // A value is scale * (code - middle), the middle 7.5 or 127.5, after the head's vector was turned (hadamard.h).
 // Four codes that are multiplied together stand in one word of 32 bits; of 4 bits, a word has two such quads, the first
@@ -26,19 +27,19 @@ inline bool is_coded(int32_t type) { return type == RV_KV_Q8 || type == RV_KV_Q4
 struct StoreLayout {
     StoreLayout(const RvModel& model, const RvSegment& segment)
         : dim(model.head_dim), group(dim % 64 ? dim : 64), groups(dim / group), size(segment.block_size),
-          heads(model.kv_heads), row(dim * (segment.type == RV_KV_Q4 ? 4 : 8) / 8),
+          blocks(segment.num_blocks), row(dim * (segment.type == RV_KV_Q4 ? 4 : 8) / 8),
           block_bytes(size * (row + 2 * groups)) {}
 
-    int64_t dim, group, groups, size, heads;
+    int64_t dim, group, groups, size, blocks;
     int64_t row;          // bytes of codes for each token
     int64_t block_bytes;  // of one head
 
     // Bytes before the codes, the scales and the mean of tokens from `offset` on of a block, a multiple of 16.
     int64_t codes(int64_t block, int64_t head, int64_t offset) const {
-        return (block * heads + head) * block_bytes + offset * row;
+        return (head * blocks + block) * block_bytes + offset * row;
     }
     int64_t scales(int64_t block, int64_t head, int64_t offset) const {
-        return (block * heads + head) * block_bytes + size * row + offset * 2 * groups;
+        return (head * blocks + block) * block_bytes + size * row + offset * 2 * groups;
     }
-    int64_t mean(int64_t block, int64_t head) const { return (block * heads + head) * (dim + 2); }
+    int64_t mean(int64_t block, int64_t head) const { return (head * blocks + block) * (dim + 2); }
 };

@@ -47,7 +47,7 @@ class Model(Structure):
 
 class Segment(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("type", "block_size", "table_stride", "unused")),
+        *((name, c_int32) for name in ("type", "block_size", "table_stride", "num_blocks")),
         *((name, c_void_p) for name in ("table", "lengths", "starts", "keys", "values", "means")),
     ]
 

@@ -32,10 +32,10 @@ _Array = npt.NDArray[Any]
 
 @dataclass(eq=False)
 class CodedStorage(KVStorage):
-    """Keys and values as ``native/store.h`` lays them out: uint8 ``[N, K, S * bytes]`` a layer.
+    """Keys and values as ``native/store.h`` lays them out: uint8 ``[K, N, S * bytes]`` a layer.
 
     Attributes:
-        means: of the keys of each block, uint8 ``[N, K, D + 2]`` a layer.
+        means: of the keys of each block, uint8 ``[K, N, D + 2]`` a layer.
     """
 
     means: Sequence[_Array] = field(default_factory=list)
@@ -49,13 +49,19 @@ def allocate(spec: ModelSpec, num_blocks: int, block_size: int, scheme: str) -> 
     shapes, dtype = _shapes(spec, num_blocks, block_size, scheme)
     coded = scheme in STORE_BITS
     spare = _LINE if coded else 0
-    nbytes = spec.num_layers * sum(math.prod(shape) * dtype.itemsize + spare for shape in shapes)
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes for _ in range(spec.num_layers)]
+    nbytes = sum(-(-size // _LINE) * _LINE for size in sizes) + _LINE
     require_memory(nbytes, "keys and values", "set a smaller max_context, or cache.precision f16")
-
-    def run(shape: tuple[int, ...]) -> list[_Array]:  # zeroed pages take no memory until they are written
-        return [_aligned(shape) if coded else np.zeros(shape, dtype) for _ in range(spec.num_layers)]
-
-    arrays = [run(shape) for shape in shapes]
+    # Zeroed pages take no memory until they are written. One run of them: the system then can make them large.
+    plain = np.zeros(nbytes, np.uint8)
+    at = -plain.ctypes.data % _LINE
+    arrays: list[list[_Array]] = []
+    for shape in shapes:
+        arrays.append([])
+        for _ in range(spec.num_layers):
+            size = math.prod(shape) * dtype.itemsize
+            arrays[-1].append(plain[at : at + size].view(dtype).reshape(shape))
+            at += -(-size // _LINE) * _LINE
     if coded:
         return CodedStorage(scheme, num_blocks, block_size, arrays[0], arrays[1], nbytes, arrays[2])
     return KVStorage(scheme, num_blocks, block_size, arrays[0], arrays[1], nbytes)
@@ -88,7 +94,7 @@ def describe(storage: KVStorage, spec: ModelSpec, keep: list[Any]) -> abi.Segmen
         pointers = (ctypes.c_void_p * len(arrays))(*(one.ctypes.data for one in arrays))
         keep.append((pointers, arrays))
         addresses.append(ctypes.addressof(pointers))
-    found = abi.Segment(type=KV_TYPES[storage.scheme], block_size=storage.block_size)
+    found = abi.Segment(type=KV_TYPES[storage.scheme], block_size=storage.block_size, num_blocks=storage.num_blocks)
     found.keys, found.values, found.means = (*addresses, None)[:3]
     return found
 
@@ -160,8 +166,8 @@ def _shapes(
     if scheme in FLOATS:
         return [(num_blocks, heads, block_size, dim)] * 2, FLOATS[scheme]
     store_group(dim)  # whether it can be divided
-    row = (num_blocks, heads, block_size * store_row_bytes(dim, scheme))
-    return [row, row, (num_blocks, heads, dim + 2)], np.dtype(np.uint8)
+    row = (heads, num_blocks, block_size * store_row_bytes(dim, scheme))
+    return [row, row, (heads, num_blocks, dim + 2)], np.dtype(np.uint8)
 
 
 def _aligned(shape: tuple[int, ...]) -> _Array:
