@@ -55,7 +55,7 @@ RvModel model_of(const Case& c) {
     model.head_dim = c.dim;
     model.rope_dim = c.rope_dim;
     model.rope_interleaved = c.interleaved;
-    model.scale = 1.0f / std::sqrt((float)c.dim);
+    model.scale = (c.bias > 0 ? 1.0f : 2.0f) / std::sqrt((float)c.dim);
     model.attention_softcap = c.softcap;
     model.center_keys = c.bias > 0;
     return model;

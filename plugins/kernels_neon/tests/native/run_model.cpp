@@ -1,6 +1,6 @@
-// run_model IMAGE LEVEL THREADS LOGITS [TYPE]: a whole model, greedily, with the kernels of a level (-1: the best, -2:
-// the portable table). Prints the table's name and the tokens, and writes the logits of every step. With TYPE (RvKvType)
-// older keys and values are read from quantized storage, see Older.
+// run_model IMAGE LEVEL THREADS LOGITS [TYPE]: a whole model, greedily, with the kernels of a level (-1: the best; -2:
+// the portable table). Prints the table's name and the tokens, and writes the logits of every step. With TYPE, one of
+// RvKvType, older keys and values are read from quantized storage, see Older.
 //
 // The image is memory: pointers are offsets into it, 0 is null. It begins with a Header.
 #include <cstdio>
@@ -101,8 +101,9 @@ struct Older {
         }
     }
     RvSegment segment(const int32_t* start) const {
-        return {layers[0].segment.type, kBlock, (int32_t)table.size(), 0, table.data(), &stored, start, keys.data(),
-                values.data(), means.data()};
+        const int32_t blocks = (int32_t)table.size();
+        return {layers[0].segment.type, kBlock, blocks, blocks, table.data(), &stored, start, keys.data(), values.data(),
+                means.data()};
     }
     // For a step of the tokens at these positions.
     void plan(const Cache& cache, const std::vector<int64_t>& own) {

@@ -25,10 +25,11 @@ struct Stored {
     Stored(const RvModel& of, int32_t type, int32_t block_size, int64_t blocks) : model(of) {
         segment.type = type;
         segment.block_size = block_size;
+        segment.num_blocks = (int32_t)blocks;
         const StoreLayout layout(model, segment);
         const int64_t one = is_coded(type) ? layout.block_bytes : block_size * layout.dim * (type == RV_KV_F32 ? 4 : 2);
         for (int side = 0; side < 3; side++) {
-            const int64_t bytes = blocks * layout.heads * (side < 2 ? one : layout.dim + 2);
+            const int64_t bytes = blocks * model.kv_heads * (side < 2 ? one : layout.dim + 2);
             sides[side].resize((size_t)(bytes / 64 + 1));
             memset((void*)sides[side].data(), 0xff, sides[side].size() * 64);
             pointers[side] = sides[side].data();
