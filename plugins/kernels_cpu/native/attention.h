@@ -97,20 +97,27 @@ static inline void mix(const float* scores, int64_t count, int64_t padded, float
     mix_rows<R, 2>(scores, count, padded, mixed, value);
 }
 
-static inline void prefetch_row(const uint8_t* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
+// Asks memory for keys or values; inlined, as GCC takes calls of a function that does nothing else for superfluous.
+__attribute__((always_inline)) static inline void fetch(const void* stored, const int64_t* places, int64_t count,
+                                                        int64_t size, int64_t dim) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < dim * size; k += 64)
+            __builtin_prefetch((const uint8_t*)stored + places[i] * size + k, 0, 3);
 }
 
-// A tile of keys for few rows, and for many.
+// A tile of keys for few rows, and for many; of the next tile, keys and values are fetched ahead.
 template <int32_t TYPE>
 static void few_rows(const AttentionTask& task, const Rows& rows, const RvSegment& segment, int64_t from,
-                     const int64_t* places, int64_t count) {
+                     const int64_t* places, int64_t count, const int64_t* next, int64_t ahead) {
+    constexpr int64_t size = TYPE == RV_KV_F32 ? 4 : 2;
     const void *keys = segment.keys[task.layer], *values = segment.values[task.layer];
     const int64_t dim = task.model->head_dim, padded = rows.padded;
     with_rows(rows.count, [&](auto tag) {
         constexpr int R = decltype(tag)::scheme;
+        fetch(keys, next, ahead, size, dim);
         score_few<TYPE, R>(keys, places, count, dim, rows.query, padded, rows.scores);
         for (int64_t r = 0; r < R; r++) soften(task, rows, r, from, round_up(count, kLanes));
+        fetch(values, next, ahead, size, dim);
         mix<R>(rows.scores, count, padded, rows.mixed,
                [&](int64_t key, int64_t k) { return load_stored<TYPE>(values, places[key] + k); });
     });
@@ -132,24 +139,19 @@ static void many_rows(const AttentionTask& task, const Rows& rows, const RvSegme
 
 template <int32_t TYPE>
 static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, Seen seen, bool few) {
-    constexpr int64_t bytes = TYPE == RV_KV_F32 ? 4 : 2;
-    const int64_t start = segment.starts[task.sequence], row = task.model->head_dim * bytes;
+    const int64_t start = segment.starts[task.sequence];
     int64_t found[2][kKeyTile], *places = found[0], *next = found[1];
     int64_t count = least(kKeyTile, seen.high - seen.low);
     find_places(segment, task, seen.low - start, count, places);
+    if (few) {
+        fetch(segment.keys[task.layer], places, count, TYPE == RV_KV_F32 ? 4 : 2, task.model->head_dim);
+        fetch(segment.values[task.layer], places, count, TYPE == RV_KV_F32 ? 4 : 2, task.model->head_dim);
+    }
     for (int64_t at = seen.low; at < seen.high; at += kKeyTile) {
         const int64_t ahead = least(kKeyTile, seen.high - at - count);
         find_places(segment, task, at + count - start, ahead, next);
-        if (few) {
-            // What comes next is fetched ahead: this tile's values, and the keys of the next one.
-            for (int64_t i = 0; i < count; i++)
-                prefetch_row((const uint8_t*)segment.values[task.layer] + places[i] * bytes, row);
-            for (int64_t i = 0; i < ahead; i++)
-                prefetch_row((const uint8_t*)segment.keys[task.layer] + next[i] * bytes, row);
-            few_rows<TYPE>(task, rows, segment, at, places, count);
-        } else {
-            many_rows<TYPE>(task, rows, segment, at, places, count);
-        }
+        if (few) few_rows<TYPE>(task, rows, segment, at, places, count, next, ahead);
+        else many_rows<TYPE>(task, rows, segment, at, places, count);
         int64_t* const done = places;
         places = next;
         next = done;

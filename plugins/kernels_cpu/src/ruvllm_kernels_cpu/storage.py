@@ -48,7 +48,6 @@ def allocate(spec: ModelSpec, num_blocks: int, block_size: int, scheme: str) -> 
         raise ConfigError(f"quantized keys and values: blocks of {block_size} tokens", hint=hint)
     shapes, dtype = _shapes(spec, num_blocks, block_size, scheme)
     coded = scheme in STORE_BITS
-    spare = _LINE if coded else 0
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes for _ in range(spec.num_layers)]
     nbytes = sum(-(-size // _LINE) * _LINE for size in sizes) + _LINE
     require_memory(nbytes, "keys and values", "set a smaller max_context, or cache.precision f16")
