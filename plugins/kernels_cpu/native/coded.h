@@ -2,8 +2,8 @@
 // two bytes, and so are the weights of a tile of values, each with the value's scale in it; then both are products of
 // bytes. Sums of values stay turned for as long as a segment lasts.
 #pragma once
+#include "bytes.h"
 #include "hadamard.h"
-#include "quantized.h"
 #include "rows.h"
 #include "store.h"
 

@@ -2,6 +2,7 @@
 //   Dot<BITS> for weights of so many bits: start, add a quad, and flush, at the latest after `run` quads;
 //   centred: weights kept as q + 128 are taken as q.
 #pragma once
+#include "bytes.h"
 #include "float.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -11,9 +12,6 @@
 namespace {
 
 constexpr int64_t kAhead = 3072;                // bytes
-constexpr int kParts = kPanelRows / kLanes;  // registers that hold a number for each row of a panel
-
-static inline VI integers(const uint8_t* p) { VI v; memcpy(&v, p, sizeof v); return v; }
 
 // Quad i of a cell, for the rows of one part.
 template <int32_t S> static inline VI quad(const uint8_t* cell, int i, int part) {
@@ -58,8 +56,6 @@ template <int32_t S> static inline void group_scales(const uint8_t* p, int g, in
         minimum = scale * (float)P::offset;
     }
 }
-
-static inline int32_t four(const int8_t* p) { int32_t v; memcpy(&v, p, 4); return v; }
 
 // sums[n] += quads [first, first + COUNT) of a cell times bytes of NT tokens, [quads][NT][4].
 template <int32_t S, int NT, int COUNT>
@@ -170,20 +166,6 @@ static inline float top_of(const float* x) {
     for (int i = 0; i < 32; i += kLanes) top = vmax(top, vmax(load(x + i), -load(x + i)));
     const float found = largest(top);
     return found > 1e-36f ? found : 0;  // its reciprocal has to be finite
-}
-
-// Values within 127 as q, and as r if it is not null; returns them in units of 1/256.
-static inline V split_bytes(V scaled, int8_t* q, int8_t* r) {
-    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
-    const V shifted = scaled + magic, whole = shifted - magic;
-    V rest{};
-    if (r) {
-        rest = vmin(vmax((scaled - whole) * 256.0f, splat(-127.0f)), splat(127.0f)) + magic;
-        store_bytes(r, (VI)rest - 0x4b400000);
-        rest = rest - magic;
-    }
-    store_bytes(q, (VI)shifted - 0x4b400000);
-    return whole * 256.0f + rest;
 }
 
 // 32 values as q, and as r if it is not null, with the sums of each half in units of top / (127 * 256).

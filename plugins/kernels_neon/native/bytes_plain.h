@@ -43,4 +43,26 @@ struct Bytes {
     }
 };
 
+// Products of codes for coded.h: quads of unsigned bytes in four lanes with one quad of signed bytes. Codes of 8 bits
+// are made signed.
+template <int BITS> struct Dot {
+    struct Sum {
+        int16x8_t low, high;  // lanes 0 and 1, lanes 2 and 3: one product each
+    };
+    static constexpr bool centred = BITS == 8;
+    static constexpr int run = BITS == 8 ? 2 : 16;
+    static_assert(run * 127 * (BITS == 8 ? 128 : (1 << BITS) - 1) < 32768);
+
+    static inline Sum start(VI) { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+    static inline Sum add(Sum sum, VI w, int32_t x) {
+        if (centred) w ^= (int32_t)0x80808080;
+        const int8x16_t codes = (int8x16_t)w;
+        const int8x8_t four = vreinterpret_s8_s32(vdup_n_s32(x));
+        return {vmlal_s8(sum.low, vget_low_s8(codes), four), vmlal_s8(sum.high, vget_high_s8(codes), four)};
+    }
+    static inline VI flush(VI total, Sum sum) {
+        return total + (VI)vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high));
+    }
+};
+
 }  // namespace

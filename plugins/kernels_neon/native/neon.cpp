@@ -4,7 +4,6 @@
 #include <new>
 #include <vector>
 
-#include "attention.h"
 #include "float_products.h"
 #include "gated.h"
 #include "levels.h"
@@ -30,7 +29,7 @@ template <const Level& LEVEL> const Kernels& table_of(const Kernels& base, const
         made.matmul = matmul<LEVEL>;
         made.rope = rope;
         made.gated = gated;
-        made.attend = attend;
+        made.attend = LEVEL.attend;
         return made;
     }();
     return table;
@@ -64,7 +63,7 @@ int32_t rvneon_attention(const RvNeonAttention* call) try {
         positions[(size_t)t] = call->keys - call->tokens + t;
     const int32_t block = 0, length = (int32_t)call->keys, start = 0;
     void *key = const_cast<float*>(call->key), *value = const_cast<float*>(call->value);
-    const RvSegment segment{RV_KV_F32, length, 1, 0, &block, &length, &start, &key, &value};
+    const RvSegment segment{RV_KV_F32, length, 1, 0, &block, &length, &start, &key, &value, nullptr};
     RvBatch batch{};
     batch.positions = positions.data();
     batch.segments_count = 1;
@@ -85,7 +84,7 @@ int32_t rvneon_attention(const RvNeonAttention* call) try {
             const int64_t first = positions[(size_t)task.begin];
             task.low = call->window ? most(0, first - call->window + 1) : 0;
             task.high = positions[(size_t)task.end - 1] + 1;
-            attend(task);
+            attend_plain(task);
         }
     return 0;
 } catch (const std::bad_alloc&) {

@@ -2,4 +2,4 @@
 #include "bytes_dotprod.h"
 #include "products.h"
 
-extern const Level kDotprod = {quantize<Bytes::run>, quantized_matmul};
+extern const Level kDotprod = {quantize<Bytes::run>, quantized_matmul, attend_dotprod};

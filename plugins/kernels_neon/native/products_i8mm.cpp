@@ -2,4 +2,4 @@
 #include "bytes_i8mm.h"
 #include "products.h"
 
-extern const Level kI8mm = {quantize<Bytes::run>, quantized_matmul};
+extern const Level kI8mm = {quantize<Bytes::run>, quantized_matmul, attend_i8mm};

@@ -2,4 +2,4 @@
 #include "bytes_plain.h"
 #include "products.h"
 
-extern const Level kPlain = {quantize<Bytes::run>, quantized_matmul};
+extern const Level kPlain = {quantize<Bytes::run>, quantized_matmul, attend_plain};

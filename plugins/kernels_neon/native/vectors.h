@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 #include "abi.h"
+#include "lanes.h"
 
 namespace {
 
@@ -66,9 +67,5 @@ static inline float32x4_t tangent(float32x4_t x) {
     const float32x4_t e = exponential(vmulq_n_f32(vminq_f32(vmaxq_f32(x, vnegq_f32(bound)), bound), 2.0f));
     return vdivq_f32(vsubq_f32(e, one), vaddq_f32(e, one));
 }
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace

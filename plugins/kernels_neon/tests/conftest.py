@@ -19,11 +19,12 @@ collect_ignore_glob = [] if importlib.util.find_spec("ruvllm_kernels_cpu") else 
 HERE = Path(__file__).parent
 NEON, CPU, CHECKS = HERE.parent / "native", HERE.parent.parent / "kernels_cpu" / "native", HERE / "native"
 #: As in CMakeLists.txt, by name of the source.
-LEVELS = {"products_dotprod": "dotprod", "products_i8mm": "dotprod+i8mm"}
-KERNELS = ["neon", "processor", "products_plain", *LEVELS]
+FEATURES = {"dotprod": "dotprod", "i8mm": "dotprod+i8mm"}
+LEVELS = {f"{what}_{level}": f for level, f in FEATURES.items() for what in ("products", "attention")}
+KERNELS = ["neon", "processor", "products_plain", "attention_plain", *LEVELS]
+PARTS = ("kernels", "products", "quantize", "elementwise", "moves", "attention")
 PROGRAMS = {
-    "check_kernels": [CHECKS / f"check_{name}.cpp" for name in ("kernels", "products", "quantize", "elementwise")]
-    + [CHECKS / "check_attention.cpp"],
+    "check_kernels": [CHECKS / f"check_{name}.cpp" for name in PARTS],
     "run_model": [
         CHECKS / "run_model.cpp",
         *(CPU / f"{n}.cpp" for n in ("abi", "decoder", "ops", "pool", "memory", "isa")),

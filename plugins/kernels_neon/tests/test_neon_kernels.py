@@ -17,6 +17,7 @@ from ruvllm_kernels_neon import attention
 PROCESSORS = {"cortex-a53": "neon", "cortex-a76": "neon-dotprod", "max": "neon-i8mm"}
 LEVELS = ["neon", "neon-dotprod", "neon-i8mm"]
 SCHEMES = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+ATTENTION = ["attention", "attention-q8", "attention-q4"]
 
 
 @pytest.mark.parametrize("cpu", PROCESSORS)
@@ -26,8 +27,8 @@ def test_every_kernel_against_double(arm64: Any, cpu: str) -> None:
     lines = ran.stdout.splitlines()
     assert f"detected {PROCESSORS[cpu]}" in lines
     had = LEVELS[: LEVELS.index(PROCESSORS[cpu]) + 1]
-    expected = [(level, what) for level in had for what in ("quantize", *SCHEMES)]
-    expected += [("neon", what) for what in ("norm", "rope", "gated", "attention")]
+    expected = [(level, what) for level in had for what in ("quantize", *SCHEMES, *ATTENTION)]
+    expected += [("neon", what) for what in ("norm", "rope", "gated", "moves", "moves-q8", "moves-q4")]
     found = [tuple(line.split(":")[0].split()) for line in lines if "comparisons" in line]
     assert sorted(found) == sorted(expected)
 
@@ -35,7 +36,9 @@ def test_every_kernel_against_double(arm64: Any, cpu: str) -> None:
 @pytest.mark.parametrize(("level", "lacks", "has"), [(1, "cortex-a53", "cortex-a76"), (2, "cortex-a76", "max")])
 def test_each_level_uses_its_instructions(arm64: Any, level: int, lacks: str, has: str) -> None:
     """Forced upon a processor that has not got them, they end the program; so they were what was checked above."""
-    assert arm64(lacks, "check_kernels", "force", str(level)).returncode in (-signal.SIGILL, 128 + signal.SIGILL)
+    for what in ([], ["attention"]):
+        ran = arm64(lacks, "check_kernels", "force", str(level), *what)
+        assert ran.returncode in (-signal.SIGILL, 128 + signal.SIGILL)
     assert arm64(has, "check_kernels", "force", str(level)).stdout.startswith("ran")
 
 

@@ -86,4 +86,5 @@ struct Tables {
 void check_products(const Tables& tables, Check& check);
 void check_quantize(const Tables& tables, Check& check);
 void check_elementwise(const Tables& tables, Check& check);
+void check_moves(const Tables& tables, Check& check);
 void check_attention(const Tables& tables, Check& check);

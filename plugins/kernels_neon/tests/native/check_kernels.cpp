@@ -1,5 +1,6 @@
 // check_kernels               every kernel of every level that this processor has, against double; lists what it found
 // check_kernels force LEVEL   one product with the instructions of a level, had or not
+// check_kernels force LEVEL attention   the checks of its attention, likewise
 // check_kernels layout        size of RvNeonAttention and where its fields are
 // check_kernels attention IN OUT   rvneon_attention of a file: the structure with zeros for pointers, query, key, value
 #include <cstddef>
@@ -21,10 +22,10 @@ static int check_all() {
         check_quantize(tables, check);
         check.report(table->name, "quantize");
         check_products(tables, check);
+        check_attention(tables, check);
         if (level) continue;  // the others share the rest
         check_elementwise(tables, check);
-        check_attention(tables, check);
-        check.report(table->name, "attention");
+        check_moves(tables, check);
     }
     check.that(rvneon_kernels(&kGeneric, -1) == rvneon_kernels(&kGeneric, best), "the best level is not the default");
     std::printf("detected %s\n", rvneon_kernels(&kGeneric, -1)->name);
@@ -32,9 +33,15 @@ static int check_all() {
     return check.failures != 0;
 }
 
-static int force(int level) {
+static int force(int level, bool attention) {
     const Level* levels[] = {&kPlain, &kDotprod, &kI8mm};
     Kernels table = kGeneric;
+    if (attention) {
+        Check check;
+        table.attend = levels[level]->attend;
+        check_attention({&table, &kGeneric, 4}, check);
+        return check.failures != 0;
+    }
     table.tile = kTokens;
     table.quantize = levels[level]->quantize;
     Random random;
@@ -76,7 +83,7 @@ static int attention(const char* in, const char* out) {
 
 int main(int count, char** arguments) {
     const std::string command = count > 1 ? arguments[1] : "";
-    if (command == "force" && count == 3) return force(std::atoi(arguments[2]));
+    if (command == "force" && count >= 3) return force(std::atoi(arguments[2]), count == 4);
     if (command == "attention" && count == 4) return attention(arguments[2], arguments[3]);
     if (command == "layout") {
 #define FIELD(NAME) std::printf(#NAME " %zu\n", offsetof(RvNeonAttention, NAME))

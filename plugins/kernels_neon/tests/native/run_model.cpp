@@ -1,11 +1,15 @@
-// run_model IMAGE LEVEL THREADS LOGITS: a whole model, greedily, with the kernels of a level (-1: the best, -2: the
-// portable table). Prints the table's name and the tokens, and writes the logits of every step.
+// run_model IMAGE LEVEL THREADS LOGITS [TYPE]: a whole model, greedily, with the kernels of a level (-1: the best; -2:
+// the portable table). Prints the table's name and the tokens, and writes the logits of every step. With TYPE, one of
+// RvKvType, older keys and values are read from quantized storage, see Older.
 //
 // The image is memory: pointers are offsets into it, 0 is null. It begins with a Header.
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <memory>
 #include <vector>
 #include "neon.h"
+#include "stored.h"
 
 extern "C" {
 int32_t rv_open(const RvModel* model, const Kernels* kernels, int32_t threads, RvDecoder** out);
@@ -70,13 +74,53 @@ struct Cache {
             (i % 2 ? values : keys).push_back(memory[i].data());
         }
     }
+    RvSegment segment(const int32_t* length, const int32_t* start) const {
+        return {RV_KV_F32, kBlock, (int32_t)table.size(), 0, table.data(), length, start, keys.data(), values.data(),
+                nullptr};
+    }
     int64_t slot(int64_t position) const { return table[(size_t)(position / kBlock)] * kBlock + position % kBlock; }
+};
+
+// Whole blocks of the tokens that are older than the latest kTail of every token, moved where none has been before. The
+// memory of every layer is that of one storage.
+struct Older {
+    static constexpr int32_t kBlock = 16, kTail = 8;
+    std::vector<int32_t> table;
+    std::deque<Stored> layers;
+    std::vector<void*> keys, values, means;
+    std::vector<int32_t> boundary;
+    std::vector<int64_t> from, to, positions;
+    int32_t stored = 0;
+
+    Older(const RvModel& model, int32_t type, int64_t context) {
+        const int64_t blocks = context / kBlock + 1;
+        for (int64_t i = blocks; i-- > 0;) table.push_back((int32_t)i);
+        for (int32_t n = 0; n < model.layers; n++) {
+            const Stored& one = layers.emplace_back(model, type, kBlock, blocks);
+            keys.push_back(one.pointers[0]), values.push_back(one.pointers[1]), means.push_back(one.pointers[2]);
+        }
+    }
+    RvSegment segment(const int32_t* start) const {
+        const int32_t blocks = (int32_t)table.size();
+        return {layers[0].segment.type, kBlock, blocks, blocks, table.data(), &stored, start, keys.data(), values.data(),
+                means.data()};
+    }
+    // For a step of the tokens at these positions.
+    void plan(const Cache& cache, const std::vector<int64_t>& own) {
+        boundary.clear(), from.clear(), to.clear(), positions.clear();
+        for (const int64_t at : own) boundary.push_back((int32_t)(std::max((int64_t)0, at - kTail) / kBlock * kBlock));
+        for (; stored < boundary.back(); stored++) {
+            positions.push_back(stored);
+            from.push_back(cache.slot(stored));
+            to.push_back(table[(size_t)(stored / kBlock)] * kBlock + stored % kBlock);
+        }
+    }
 };
 
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count != 5) return 2;
+    if (count != 5 && count != 6) return 2;
     const Header header = load(arguments[1]);
     const RvModel& model = *header.model;
     const int level = std::atoi(arguments[2]);
@@ -89,6 +133,8 @@ int main(int count, char** arguments) {
     if (!file) return 2;
 
     Cache cache(model, header.context);
+    std::unique_ptr<Older> older;
+    if (count == 6) older = std::make_unique<Older>(model, std::atoi(arguments[5]), header.context);
     std::vector<int64_t> tokens(header.prompt, header.prompt + header.prompt_count);
     std::vector<float> hidden((size_t)model.hidden), logits((size_t)model.vocab);
     std::printf("%s", kernels->name);
@@ -97,10 +143,17 @@ int main(int count, char** arguments) {
         std::vector<int64_t> positions, slots;
         for (int64_t i = done; i < done + fed; i++) positions.push_back(i), slots.push_back(cache.slot(i));
         const int32_t cu_q[2] = {0, (int32_t)fed}, length = (int32_t)tokens.size(), start = 0;
-        const RvSegment segment{RV_KV_F32, Cache::kBlock, (int32_t)cache.table.size(), 0, cache.table.data(), &length,
-                                &start, cache.keys.data(), cache.values.data()};
-        const RvBatch batch{fed, 1, 1, 1, tokens.data() + done, positions.data(), cu_q, &row, slots.data(),
-                            &header.cos, &header.sin, &segment, nullptr};
+        std::vector<RvSegment> segments = {cache.segment(&length, &start)};
+        RvMove move{};
+        if (older) {
+            older->plan(cache, positions);
+            segments.insert(segments.begin(), older->segment(&start));
+            move = {segments[1], segments[0], (int64_t)older->from.size(), older->from.data(), older->to.data(),
+                    older->positions.data()};
+        }
+        const RvBatch batch{fed, 1, 1, (int64_t)segments.size(), tokens.data() + done, positions.data(), cu_q, &row,
+                            slots.data(), &header.cos, &header.sin, segments.data(), nullptr,
+                            older ? older->boundary.data() : nullptr, &move, move.count ? 1 : 0};
         if (rv_forward(decoder, &batch, hidden.data()) || rv_logits(decoder, hidden.data(), 1, logits.data())) return 4;
         if (std::fwrite(logits.data(), 4, logits.size(), file) != logits.size()) return 2;
         done += fed;
