@@ -12,14 +12,11 @@ constexpr int64_t kInnerTokens = 264;   // whose inner activations are in memory
 constexpr int64_t kEmbedTokens = 16;    // after which the pages of their embeddings are let go
 constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in memory twice while they are packed
 constexpr int64_t kMovedTokens = 64;    // of one task; fewer in all are not worth waking threads for
+constexpr int64_t kFewTokens = 16;      // of a sequence, a draft for one
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, at least
 constexpr int64_t kSplits = 16;         // tasks of a head then, at most, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
-
-int64_t tiles_of(const RvBatch& batch, int64_t b) {
-    return (batch.cu_q[b + 1] - batch.cu_q[b] + kQueryTile - 1) / kQueryTile;
-}
 
 }  // namespace
 
@@ -152,19 +149,28 @@ void RvDecoder::carry_out(const RvBatch& batch, int layer) {
     }
 }
 
-// Tiles of every sequence for each key/value head, those that see most keys first; where tokens are few, their keys are
-// split, for the sake of the threads, into runs that depend on nothing but positions.
+// Tiles of every sequence for each key/value head, those that see most keys first. Where tokens are few, their keys are
+// split, for the sake of the threads, into runs that depend on nothing but positions; and tiles are so small that a token
+// is computed to the last bit as it would be alone: a draft changes nothing of what it is compared with.
 void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out) {
-    const int64_t window = layers_[(size_t)layer].source.window;
+    const int64_t window = layers_[(size_t)layer].source.window, group = model_.heads / model_.kv_heads;
+    const auto run_of = [&](int64_t t) {
+        return ((batch.positions[t] + 1) / kSplits + kSplitKeys) / kSplitKeys * kSplitKeys;
+    };
+    const auto alike = [&](int64_t a, int64_t b) {
+        return run_of(a) == run_of(b) && batch.positions[a] / run_of(a) == batch.positions[b] / run_of(b);
+    };
     tasks_.clear();
-    for (int64_t b = batch.sequences; b-- > 0;)
-        for (int64_t tile = tiles_of(batch, b); tile-- > 0;) {
-            const int64_t begin = batch.cu_q[b] + tile * kQueryTile;
-            const int64_t end = std::min(begin + kQueryTile, (int64_t)batch.cu_q[b + 1]);
+    for (int64_t b = batch.sequences; b-- > 0;) {
+        const int64_t first = batch.cu_q[b], last = batch.cu_q[b + 1];
+        const bool few = last - first <= kFewTokens;
+        const int64_t most = few ? std::max((int64_t)1, kFewRows / group) : kQueryTile;
+        for (int64_t end = last, begin; end > first; end = begin) {
+            begin = first + (end - first - 1) / most * most;
+            while (few && !alike(begin, end - 1)) begin++;
             const int64_t high = batch.positions[end - 1] + 1;
             const int64_t low = window ? std::max((int64_t)0, batch.positions[begin] - window + 1) : 0;
-            const int64_t step = (high / kSplits + kSplitKeys) / kSplitKeys * kSplitKeys;
-            const int64_t keys = end - begin < kSmallTokens ? step : high;
+            const int64_t keys = few ? run_of(begin) : high;
             for (int32_t head = 0; head < model_.kv_heads; head++)
                 for (int64_t from = low, to; from < high; from = to) {
                     to = std::min(high, (from / keys + 1) * keys);
@@ -172,6 +178,7 @@ void RvDecoder::plan_attention(const RvBatch& batch, int layer, const float* que
                                       stride, out, nullptr, nullptr});
                 }
         }
+    }
 }
 
 void RvDecoder::attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out) {

@@ -7,6 +7,7 @@
 constexpr int64_t kPanelRows = 16;  // rows of a matrix that a kernel takes together
 constexpr int64_t kQueryTile = 64;  // tokens whose queries walk the keys together
 constexpr int64_t kKeyTile = 64;
+constexpr int64_t kFewRows = 8;     // up to so many are scored key by key, from where keys are stored
 constexpr int64_t kHeadStep = 32;   // heads are padded to a multiple of it: two of the widest registers
 constexpr int64_t kMaxTile = 16;    // the widest tile of tokens of any table
 constexpr int64_t kCodeStride = 128;  // bytes between rows of queries for quantized keys: no group is larger

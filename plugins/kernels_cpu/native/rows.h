@@ -11,9 +11,6 @@ constexpr float kUnseen = -1e30f;
 constexpr int kRowStep = kLanes == 16 ? 6 : 4;  // rows whose sums a loop keeps in registers
 constexpr int kWide = kLanes == 16 ? 4 : 2;     // registers of keys beside them
 
-// Up to so many rows are scored key by key, from where keys are stored; more are worth turning the keys.
-constexpr int64_t kFewRows = 8;
-
 struct Rows {
     int64_t count, full, group, padded;  // full: count rounded up to kRowStep
     float *keys, *values, *query, *mixed, *scores, *best, *weight;

@@ -70,3 +70,25 @@ def test_adapters_of_any_rank(rank: int) -> None:
     doubled = replace(adapter, version="doubled", sites={n: replace(d, scale=1.0) for n, d in adapter.sites.items()})
     assert not np.allclose(found, tiny.whole(decoder, tokens, adapter=doubled), atol=1e-2), "another one is the same"
     decoder.close()
+
+
+@pytest.mark.parametrize("scheme", ["q4_1", "q6_k", "q8_0"])
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_a_few_tokens_are_computed_as_if_alone(isa: str, scheme: str) -> None:
+    """To the last bit, so that a draft cannot change what it is compared with."""
+    spec = tiny.tiny_spec(max_context=400, hidden_size=256, intermediate_size=256, num_heads=8, head_dim=64)
+    options = DecoderOptions(device="cpu", threads=2, max_context=400)
+    try:
+        decoder = CpuKernels(options, isa=isa).decoder(spec, tiny.tiny_weights(spec, (scheme,)), options)
+    except ConfigError:
+        pytest.skip(f"this processor has no {isa}")
+    assert decoder is not None
+    feeder = tiny.Feeder(decoder)
+    for name in ("alone", "together"):
+        feeder.open(name, TOKENS[:400], 400)
+        feeder.feed(**{name: 120})
+    for count in (2, 3, 4, 5, 8, 9, 16):  # across the ends of runs of keys, too
+        together = feeder.feed(together=count)["together"]
+        alone = np.concatenate([feeder.feed(alone=1)["alone"] for _ in range(count)])
+        np.testing.assert_array_equal(together, alone, err_msg=f"{count} tokens")
+    decoder.close()
