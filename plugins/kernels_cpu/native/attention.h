@@ -42,10 +42,11 @@ static void gather(const void* stored, const int64_t* places, int64_t count, int
 }
 
 // scores[row][key] of R rows, from keys as they are stored; head_dim is a multiple of a register.
-template <int32_t TYPE, int R>
-static void score_few(const void* stored, const int64_t* places, int64_t count, int64_t dim, const float* query,
-                      int64_t padded, float* scores) {
+template <int32_t TYPE, int R, class F>
+static inline void score_few(const void* stored, const int64_t* places, int64_t count, int64_t dim, const float* query,
+                             int64_t padded, float* scores, F&& before) {
     for (int64_t key = 0; key < count; key += kLanes) {
+        before(key);
         V products[R][kLanes];
         const int64_t found = least(kLanes, count - key);
         for (int64_t i = 0; i < found; i++) {
@@ -97,12 +98,12 @@ static inline void mix(const float* scores, int64_t count, int64_t padded, float
     mix_rows<R, 2>(scores, count, padded, mixed, value);
 }
 
-// Asks memory for keys or values; inlined, as GCC takes calls of a function that does nothing else for superfluous.
-__attribute__((always_inline)) static inline void fetch(const void* stored, const int64_t* places, int64_t count,
-                                                        int64_t size, int64_t dim) {
+// Asks memory for keys or values. Without the empty instruction GCC finds that calls of this do nothing, and drops them.
+static inline void fetch(const void* stored, const int64_t* places, int64_t count, int64_t size, int64_t dim) {
+    asm volatile("");
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < dim * size; k += 64)
-            __builtin_prefetch((const uint8_t*)stored + places[i] * size + k, 0, 3);
+            __builtin_prefetch((const uint8_t*)stored + places[i] * size + k, 0, 2);
 }
 
 // A tile of keys for few rows, and for many; of the next tile, keys and values are fetched ahead.
@@ -114,10 +115,11 @@ static void few_rows(const AttentionTask& task, const Rows& rows, const RvSegmen
     const int64_t dim = task.model->head_dim, padded = rows.padded;
     with_rows(rows.count, [&](auto tag) {
         constexpr int R = decltype(tag)::scheme;
-        fetch(keys, next, ahead, size, dim);
-        score_few<TYPE, R>(keys, places, count, dim, rows.query, padded, rows.scores);
+        score_few<TYPE, R>(keys, places, count, dim, rows.query, padded, rows.scores, [&](int64_t key) {
+            fetch(keys, next + key, least(kLanes, ahead - key), size, dim);
+            fetch(values, next + key, least(kLanes, ahead - key), size, dim);
+        });
         for (int64_t r = 0; r < R; r++) soften(task, rows, r, from, round_up(count, kLanes));
-        fetch(values, next, ahead, size, dim);
         mix<R>(rows.scores, count, padded, rows.mixed,
                [&](int64_t key, int64_t k) { return load_stored<TYPE>(values, places[key] + k); });
     });
