@@ -98,6 +98,8 @@ static inline void mix(const float* scores, int64_t count, int64_t padded, float
     mix_rows<R, 2>(scores, count, padded, mixed, value);
 }
 
+constexpr int64_t kAheadKeys = 2 * kKeyTile;  // how far ahead of a tile memory is asked
+
 // Asks memory for keys or values. Without the empty instruction GCC finds that calls of this do nothing, and drops them.
 static inline void fetch(const void* stored, const int64_t* places, int64_t count, int64_t size, int64_t dim) {
     asm volatile("");
@@ -142,22 +144,22 @@ static void many_rows(const AttentionTask& task, const Rows& rows, const RvSegme
 template <int32_t TYPE>
 static void walk(const AttentionTask& task, const Rows& rows, const RvSegment& segment, Seen seen, bool few) {
     const int64_t start = segment.starts[task.sequence];
-    int64_t found[2][kKeyTile], *places = found[0], *next = found[1];
-    int64_t count = least(kKeyTile, seen.high - seen.low);
-    find_places(segment, task, seen.low - start, count, places);
-    if (few) {
-        fetch(segment.keys[task.layer], places, count, TYPE == RV_KV_F32 ? 4 : 2, task.model->head_dim);
-        fetch(segment.values[task.layer], places, count, TYPE == RV_KV_F32 ? 4 : 2, task.model->head_dim);
+    const int64_t size = TYPE == RV_KV_F32 ? 4 : 2, dim = task.model->head_dim;
+    int64_t places[kKeyTile], next[kKeyTile];
+    for (int64_t at = seen.low; few && at < least(seen.high, seen.low + kAheadKeys); at += kKeyTile) {
+        const int64_t count = least(kKeyTile, seen.high - at);
+        find_places(segment, task, at - start, count, next);
+        fetch(segment.keys[task.layer], next, count, size, dim);
+        fetch(segment.values[task.layer], next, count, size, dim);
     }
     for (int64_t at = seen.low; at < seen.high; at += kKeyTile) {
-        const int64_t ahead = least(kKeyTile, seen.high - at - count);
-        find_places(segment, task, at + count - start, ahead, next);
-        if (few) few_rows<TYPE>(task, rows, segment, at, places, count, next, ahead);
-        else many_rows<TYPE>(task, rows, segment, at, places, count);
-        int64_t* const done = places;
-        places = next;
-        next = done;
-        count = ahead;
+        const int64_t count = least(kKeyTile, seen.high - at);
+        find_places(segment, task, at - start, count, places);
+        if (few) {
+            const int64_t ahead = most(0, least(kKeyTile, seen.high - at - kAheadKeys));
+            find_places(segment, task, at + kAheadKeys - start, ahead, next);
+            few_rows<TYPE>(task, rows, segment, at, places, count, next, ahead);
+        } else many_rows<TYPE>(task, rows, segment, at, places, count);
     }
 }
 

@@ -54,5 +54,5 @@ class CacheSettings(TierFields):
             them. Tails of ``two_tier`` are not counted but for one.
     """
 
-    block_size: int = Field(32, ge=1, le=4096)
+    block_size: int = Field(64, ge=1, le=4096)
     max_tokens: int | None = Field(None, ge=1)
