@@ -24,8 +24,16 @@ static inline V splat(float x) { return V{} + x; }
 static inline V load(const float* p) { V v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 static inline V select(VI mask, V a, V b) { return (V)(((VI)a & mask) | ((VI)b & ~mask)); }
+#if defined(__AVX512F__)
+static inline V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+static inline V vmax(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 static inline V vmax(V a, V b) { return select(a > b, a, b); }
 static inline V vmin(V a, V b) { return select(a < b, a, b); }
+#endif
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -55,11 +55,9 @@ static void read_one(const MoveTask& task, bool key, int64_t i, float* scratch, 
         return;
     }
     const int64_t at = ((slot / size * task.model->kv_heads + task.kv_head) * size + slot % size) * dim;
-    if (from.type == RV_KV_F16)
-        for (int64_t k = 0; k < dim; k++) out[k] = one_stored<RV_KV_F16>(stored, at + k);
-    else if (from.type == RV_KV_BF16)
-        for (int64_t k = 0; k < dim; k++) out[k] = one_stored<RV_KV_BF16>(stored, at + k);
-    else memcpy(out, (const float*)stored + at, (size_t)dim * 4);
+    if (from.type == RV_KV_F16) gather<RV_KV_F16>(stored, &at, 1, dim, dim, out);
+    else if (from.type == RV_KV_BF16) gather<RV_KV_BF16>(stored, &at, 1, dim, dim, out);
+    else gather<RV_KV_F32>(stored, &at, 1, dim, dim, out);
     if (key && task.bias && is_coded(task.move->target.type))
         add_bias(task, task.move->positions[i], -1.0f, scratch, out);
 }
@@ -87,10 +85,10 @@ static void write_mean(float* mean, int64_t dim, uint8_t* out) {
 }
 
 // Codes and scales of one group of values [group][16 tokens]: the scale is the one of least squared error among shares of
-// what the largest value needs, as cutting that off may serve the others. In place of the values, their codes.
-template <int BITS> static void code_group(float* x, int64_t group, uint16_t* scales) {
+// what the largest value needs, as cutting that off may serve the others.
+template <int BITS> static void code_group(const float* x, int64_t group, uint8_t* codes, uint16_t* scales) {
     constexpr float shares[] = {1.0f, 0.93f, 0.86f, 0.8f}, middle = BITS == 4 ? 7.5f : 127.5f;
-    for (int64_t lane = 0; lane < kPanelTokens; lane += kLanes, x += kLanes) {
+    for (int64_t lane = 0; lane < kPanelTokens; lane += kLanes, x += kLanes, codes += kLanes) {
         V top{}, scale{}, best = splat(3e38f);
         for (int64_t k = 0; k < group; k++) {
             const V one = load(x + k * kPanelTokens);
@@ -112,26 +110,44 @@ template <int BITS> static void code_group(float* x, int64_t group, uint16_t* sc
         }
         const V inverse = 1.0f / scale;
         for (int64_t k = 0; k < group; k++)
-            store(x + k * kPanelTokens,
-                  vmin(vmax(nearest(load(x + k * kPanelTokens) * inverse + middle), V{}), splat(2 * middle)));
+            store_bytes((int8_t*)codes + k * kPanelTokens,
+                        __builtin_convertvector(vmin(vmax(nearest(load(x + k * kPanelTokens) * inverse + middle), V{}),
+                                                     splat(2 * middle)), VI));
         for (int j = 0; j < kLanes; j++) scales[lane + j] = float_to_half(scale[j]);
     }
 }
 
-// Codes [D][16 tokens], as floats, to their places.
-template <int BITS> static void pack_codes(const float* x, int64_t dim, bool key, uint8_t* out) {
-    const auto code = [&](int64_t k, int64_t token) { return (uint32_t)x[k * kPanelTokens + token]; };
+// Codes [D][16 tokens] to their places.
+template <int BITS> static void pack_codes(const uint8_t* codes, int64_t dim, bool key, uint8_t* out) {
     constexpr int64_t each = BITS == 4 ? 2 : 1;
-    const int64_t words = (key ? dim / 4 : kPanelTokens / 4) / each, lanes = key ? kPanelTokens : dim;
-    for (int64_t i = 0; i < words; i++)
-        for (int64_t lane = 0; lane < lanes; lane++, out += 4) {
-            uint32_t word = 0;
-            for (int64_t quad = 0; quad < each; quad++)
-                for (int64_t byte = 0; byte < 4; byte++) {
-                    const int64_t at = 4 * (i * each + quad) + byte;
-                    word |= (key ? code(at, lane) : code(lane, at)) << (8 * byte + 4 * quad);
-                }
+    if (key) {
+        for (int64_t i = 0; i < dim / 4; i += each, codes += 4 * each * kPanelTokens) {
+            uint32_t words[kPanelTokens] = {};
+            for (int64_t k = 0; k < 4 * each; k++)
+                for (int64_t lane = 0; lane < kPanelTokens; lane++)
+                    words[lane] |= (uint32_t)codes[k * kPanelTokens + lane] << (8 * (k % 4) + 4 * (k / 4));
+            memcpy(out, words, sizeof words);
+            out += sizeof words;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < kPanelTokens; i += 4 * each)
+        for (int64_t k = 0; k < dim; k++, out += 4) {
+            uint32_t quads[each], word = 0;
+            memcpy(quads, codes + k * kPanelTokens + i, sizeof quads);
+            for (int64_t quad = 0; quad < each; quad++) word |= quads[quad] << 4 * quad;
             memcpy(out, &word, 4);
+        }
+}
+
+// [16 tokens][wide] to [wide][16 tokens].
+static void turn_panel(const float* rows, int64_t wide, float* panel) {
+    for (int64_t lane = 0; lane < kPanelTokens; lane += kLanes)
+        for (int64_t k = 0; k < wide; k += kLanes) {
+            V square[kLanes];
+            for (int i = 0; i < kLanes; i++) square[i] = load(rows + (lane + i) * wide + k);
+            turn(square);
+            for (int i = 0; i < kLanes; i++) store(panel + (k + i) * kPanelTokens + lane, square[i]);
         }
 }
 
@@ -141,28 +157,33 @@ template <int BITS> static void write_blocks(const MoveTask& task, bool key) {
     const StoreLayout layout(*task.model, to);
     const int64_t dim = layout.dim;
     uint8_t* stored = (uint8_t*)(key ? to.keys : to.values)[task.layer];
-    float *row = task.scratch, *scratch = row + dim, *mean = scratch + dim, *panel = mean + dim;
+    const int64_t wide = round_up(dim, kLanes);
+    float *rows = task.scratch, *scratch = rows + kPanelTokens * wide, *mean = scratch + wide, *panel = mean + wide;
+    uint8_t* codes = (uint8_t*)(panel + wide * kPanelTokens);
     for (int64_t i = task.begin; i < task.end; i += layout.size) {
         const int64_t block = task.move->to_slots[i] / layout.size;
         memset(mean, 0, (size_t)dim * 4);
         if (key) {
             for (int64_t token = 0; token < layout.size; token++) {
-                read_one(task, true, i + token, scratch, row);
-                for (int64_t k = 0; k < dim; k++) mean[k] += row[k];
+                read_one(task, true, i + token, scratch, rows);
+                for (int64_t k = 0; k < dim; k++) mean[k] += rows[k];
             }
             for (int64_t k = 0; k < dim; k++) mean[k] /= (float)layout.size;
             write_mean(mean, dim, (uint8_t*)to.means[task.layer] + layout.mean(block, task.kv_head));
         }
         for (int64_t token = 0; token < layout.size; token += kPanelTokens) {
             for (int64_t lane = 0; lane < kPanelTokens; lane++) {
+                float* row = rows + lane * wide;
                 read_one(task, key, i + token + lane, scratch, row);
                 hadamard(row, dim);
-                for (int64_t k = 0; k < dim; k++) panel[k * kPanelTokens + lane] = row[k] - mean[k];
+                for (int64_t k = 0; k < dim; k++) row[k] -= mean[k];
             }
+            turn_panel(rows, wide, panel);
             uint16_t* scales = (uint16_t*)(stored + layout.scales(block, task.kv_head, token));
             for (int64_t g = 0; g < layout.groups; g++)
-                code_group<BITS>(panel + g * layout.group * kPanelTokens, layout.group, scales + g * kPanelTokens);
-            pack_codes<BITS>(panel, dim, key, stored + layout.codes(block, task.kv_head, token));
+                code_group<BITS>(panel + g * layout.group * kPanelTokens, layout.group,
+                                 codes + g * layout.group * kPanelTokens, scales + g * kPanelTokens);
+            pack_codes<BITS>(codes, dim, key, stored + layout.codes(block, task.kv_head, token));
         }
     }
 }

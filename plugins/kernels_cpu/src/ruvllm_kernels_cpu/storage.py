@@ -26,7 +26,7 @@ FLOATS: dict[str, np.dtype[Any]] = {
 #: The C library's number of each scheme.
 KV_TYPES = {name: number for number, name in enumerate((*FLOATS, "q8", "q4"))}
 _PANEL = 16  # tokens that stand together in a quantized block
-_LINE = 64  # bytes on whose lines quantized blocks begin
+_LINE = 64  # bytes on whose lines arrays begin
 _Array = npt.NDArray[Any]
 
 
@@ -167,11 +167,3 @@ def _shapes(
     store_group(dim)  # whether it can be divided
     row = (heads, num_blocks, block_size * store_row_bytes(dim, scheme))
     return [row, row, (heads, num_blocks, dim + 2)], np.dtype(np.uint8)
-
-
-def _aligned(shape: tuple[int, ...]) -> _Array:
-    """Zeroed bytes that begin on a line."""
-    size = math.prod(shape)
-    plain = np.zeros(size + _LINE, np.uint8)
-    skip = -plain.ctypes.data % _LINE
-    return plain[skip : skip + size].reshape(shape)
