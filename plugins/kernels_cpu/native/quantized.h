@@ -99,7 +99,7 @@ static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activati
 #pragma GCC unroll 1
             for (int g = 0; g < groups; g++) {
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
-                if constexpr (NT == 1) prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
+                if constexpr (NT <= 8) prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
                 V scale, minimum;
                 group_scales<S>(scales, g, part, scale, minimum);
                 VI dots[NT] = {};
@@ -137,7 +137,7 @@ template <class F> static inline void each_tile(int64_t count, F&& run) {
         else if (width == 1) run(Tag<1>{}, t);
         else if (width == 2) run(Tag<2>{}, t);
         else if (width == 4) run(Tag<4>{}, t);
-        else if constexpr (kTile > 8) run(Tag<8>{}, t);
+        else if constexpr (kTile > 8) width == 6 ? run(Tag<6>{}, t) : run(Tag<8>{}, t);
     }
 }
 
