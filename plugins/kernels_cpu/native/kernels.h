@@ -33,12 +33,14 @@ struct Activations {
 };
 
 // How many tokens wide the tile is that begins with token t: all but the last are `tile`; the last is the next power of
-// two or six, at most `tile`, its missing tokens zero.
+// two, or three times one if `tile` is, and at most `tile`, its missing tokens zero.
 inline int64_t tile_width(int64_t count, int64_t t, int64_t tile) {
     const int64_t left = count - t;
     int64_t width = 1;
-    while (width < left) width *= 2;
-    if (left == 5 || left == 6) width = 6;
+    while (width < left) {
+        if (tile % 3 == 0 && width > 1 && width / 2 * 3 >= left) return width / 2 * 3;
+        width *= 2;
+    }
     return width < tile ? width : tile;
 }
 

@@ -137,7 +137,11 @@ template <class F> static inline void each_tile(int64_t count, F&& run) {
         else if (width == 1) run(Tag<1>{}, t);
         else if (width == 2) run(Tag<2>{}, t);
         else if (width == 4) run(Tag<4>{}, t);
-        else if constexpr (kTile > 8) width == 6 ? run(Tag<6>{}, t) : run(Tag<8>{}, t);
+        else if constexpr (kTile == 12) {
+            if (width == 3) run(Tag<3>{}, t);
+            else if (width == 6) run(Tag<6>{}, t);
+            else run(Tag<8>{}, t);
+        }
     }
 }
 
