@@ -36,6 +36,7 @@ struct Activations {
 // two, or three times one if `tile` is, and at most `tile`, its missing tokens zero.
 inline int64_t tile_width(int64_t count, int64_t t, int64_t tile) {
     const int64_t left = count - t;
+    if (left >= tile) return tile;
     int64_t width = 1;
     while (width < left) {
         if (tile % 3 == 0 && width > 1 && width / 2 * 3 >= left) return width / 2 * 3;
