@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ KV_TYPES = {name: number for number, name in enumerate((*FLOATS, "q8", "q4"))}
 _PANEL = 16  # tokens that stand together in a quantized block
 _LINE = 64  # bytes on whose lines arrays begin
 _Array = npt.NDArray[Any]
+#: The model that storage was described for, its description, and what that points to.
+_described: WeakKeyDictionary[KVStorage, tuple[ModelSpec, abi.Segment, list[Any]]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -48,19 +51,9 @@ def allocate(spec: ModelSpec, num_blocks: int, block_size: int, scheme: str) -> 
         raise ConfigError(f"quantized keys and values: blocks of {block_size} tokens", hint=hint)
     shapes, dtype = _shapes(spec, num_blocks, block_size, scheme)
     coded = scheme in STORE_BITS
-    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes for _ in range(spec.num_layers)]
-    nbytes = sum(-(-size // _LINE) * _LINE for size in sizes) + _LINE
+    nbytes = spec.num_layers * sum(math.prod(shape) * dtype.itemsize + _LINE for shape in shapes)
     require_memory(nbytes, "keys and values", "set a smaller max_context, or cache.precision f16")
-    # Zeroed pages take no memory until they are written. One run of them: the system then can make them large.
-    plain = np.zeros(nbytes, np.uint8)
-    at = -plain.ctypes.data % _LINE
-    arrays: list[list[_Array]] = []
-    for shape in shapes:
-        arrays.append([])
-        for _ in range(spec.num_layers):
-            size = math.prod(shape) * dtype.itemsize
-            arrays[-1].append(plain[at : at + size].view(dtype).reshape(shape))
-            at += -(-size // _LINE) * _LINE
+    arrays = [[_zeros(shape, dtype) for _ in range(spec.num_layers)] for shape in shapes]
     if coded:
         return CodedStorage(scheme, num_blocks, block_size, arrays[0], arrays[1], nbytes, arrays[2])
     return KVStorage(scheme, num_blocks, block_size, arrays[0], arrays[1], nbytes)
@@ -71,6 +64,17 @@ def describe(storage: KVStorage, spec: ModelSpec, keep: list[Any]) -> abi.Segmen
 
     Raises `ConfigError` for a scheme that is not ours, and `ValueError` for arrays that are not.
     """
+    known = _described.get(storage)
+    if (
+        known is None or known[0] is not spec
+    ):  # once for each: there are dozens of arrays, and a step takes milliseconds
+        known = _described[storage] = spec, *_describe(storage, spec)
+    keep.append(known[2])
+    return abi.Segment.from_buffer_copy(known[1])
+
+
+def _describe(storage: KVStorage, spec: ModelSpec) -> tuple[abi.Segment, list[Any]]:
+    """The structure, and what it points to."""
     if storage.scheme not in KV_TYPES:
         raise ConfigError(
             f"kernels cpu cannot read keys and values in {storage.scheme}", hint=f"use one of {', '.join(KV_TYPES)}"
@@ -81,7 +85,7 @@ def describe(storage: KVStorage, spec: ModelSpec, keep: list[Any]) -> abi.Segmen
         if not isinstance(storage, CodedStorage) or storage.block_size % _PANEL:
             raise ValueError(f"{storage.scheme} storage must be made by this decoder")
         runs.append(storage.means)
-    addresses = []
+    addresses, kept = [], list[Any]()
     for arrays, shape in zip(runs, shapes, strict=True):
         if len(arrays) != spec.num_layers:
             raise ValueError(f"storage has {len(arrays)} layers, the model {spec.num_layers}")
@@ -91,11 +95,11 @@ def describe(storage: KVStorage, spec: ModelSpec, keep: list[Any]) -> abi.Segmen
             ):
                 raise ValueError(f"storage must be contiguous {dtype} arrays {shape}, made by this decoder")
         pointers = (ctypes.c_void_p * len(arrays))(*(one.ctypes.data for one in arrays))
-        keep.append((pointers, arrays))
+        kept.append((pointers, list(arrays)))
         addresses.append(ctypes.addressof(pointers))
     found = abi.Segment(type=KV_TYPES[storage.scheme], block_size=storage.block_size, num_blocks=storage.num_blocks)
     found.keys, found.values, found.means = (*addresses, None)[:3]
-    return found
+    return found, kept
 
 
 def segment(one: Segment, spec: ModelSpec, sequences: int, keep: list[Any]) -> abi.Segment:
@@ -167,3 +171,15 @@ def _shapes(
     store_group(dim)  # whether it can be divided
     row = (heads, num_blocks, block_size * store_row_bytes(dim, scheme))
     return [row, row, (heads, num_blocks, dim + 2)], np.dtype(np.uint8)
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Array:
+    """An array that begins on a line. Its pages take no memory until they are written.
+
+    Each array is a mapping of its own: the system would back one for all layers with pages so large that the first
+    token of a long context took most of it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    plain = np.zeros(size + _LINE, np.uint8)
+    skip = -plain.ctypes.data % _LINE
+    return plain[skip : skip + size].view(dtype).reshape(shape)
