@@ -103,7 +103,7 @@ static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activati
 #pragma GCC unroll 1
             for (int g = 0; g < groups; g++) {
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
-                if constexpr (NT == 1) prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
+                if constexpr (NT <= 8) prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
                 V scale, minimum;
                 group_scales<S>(scales, g, part, scale, minimum);
                 VI dots[NT] = {};
