@@ -78,7 +78,7 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
     }
 }
 
-// With a single token memory is slower than the processor, which does not read far enough ahead by itself. The address may
+// With few tokens memory is slower than the processor, which does not read far enough ahead by itself. The address may
 // lie behind the last panel: no fault comes of it.
 template <int BYTES> static inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 8
@@ -99,7 +99,7 @@ static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activati
 #pragma GCC unroll 1
             for (int g = 0; g < groups; g++) {
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
-                if constexpr (NT <= 8) prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
+                prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
                 V scale, minimum;
                 group_scales<S>(scales, g, part, scale, minimum);
                 VI dots[NT] = {};
