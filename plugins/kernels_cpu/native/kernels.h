@@ -38,7 +38,7 @@ inline int64_t tile_width(int64_t count, int64_t t, int64_t tile) {
     const int64_t left = count - t;
     if (left >= tile) return tile;
     int64_t width = 1;
-    while (width < left && width < tile) {
+    while (width < left) {
         if (tile % 3 == 0 && width > 1 && width / 2 * 3 >= left) return width / 2 * 3;
         width *= 2;
     }
