@@ -21,5 +21,17 @@ export PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1 PYT
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so.6)"
 "$python" -S -c 'from ruvllm_kernels_cpu.library import find; print("library:", find())' | grep "$scratch/site"
-"$python" -S -m pytest -q -p no:cacheprovider plugins/kernels_cpu/tests \
-    --ignore plugins/kernels_cpu/tests/test_cpu_start.py --ignore plugins/kernels_cpu/tests/test_cpu_smollm2.py "$@"
+tests=plugins/kernels_cpu/tests store=plugins/kernels_cpu/tests/test_cpu_store.py
+check() {
+    "$python" -S -m pytest -q -p no:cacheprovider \
+        --ignore $tests/test_cpu_start.py --ignore $tests/test_cpu_smollm2.py "$@"
+}
+if [ $# -gt 0 ]; then
+    check $tests "$@"
+    exit
+fi
+# Two processes side by side: the checks take their time.
+check $store > "$scratch/store.log" 2>&1 & beside=$!
+check $tests --ignore $store
+wait $beside || { cat "$scratch/store.log"; exit 1; }
+cat "$scratch/store.log"
