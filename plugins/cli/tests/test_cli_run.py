@@ -156,7 +156,7 @@ def test_nonsense_is_refused_before_a_model_is_loaded(ruvllm, args: list[str], c
     [
         (["--backend", "candel"], ["no 'candel'", "did you mean candle"]),
         (["--kernels", "trch"], ["no 'trch'", "did you mean torch"]),
-        (["--cache", "pagd"], ["no 'pagd'", "contiguous"]),
+        (["--cache", "contigous"], ["no 'contigous'", "contiguous"]),
         (["--quantization", "q4_x"], ["no 'q4_x'"]),
         (["--max-context", "99999"], ["max_context 99999", "65536"]),
         (["--max-context", "4"], ["the prompt has", "tokens", "the context holds 4"]),

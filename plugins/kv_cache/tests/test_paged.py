@@ -181,9 +181,9 @@ def test_memory_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (machine, __import__("ruvllm_kv_cache.memory", fromlist=["memory"])):
         monkeypatch.setattr(module, "available_memory", lambda: 1000 * 512 + 100)
     context = tiny.cache_context(tiny.tiny_decoder(SPEC))  # 512 bytes a token, 4 × 256 tokens
-    with pytest.raises(OutOfMemoryError, match=r"(?s)1024 tokens in f32 need 0.00 GiB.*\b1000 tokens would fit"):
+    with pytest.raises(OutOfMemoryError, match=r"(?s)1024 tokens in f32 need 0.00 GiB.*\b960 tokens would fit"):
         PagedCache(context)
-    PagedCache(replace(context, options=CacheSettings(max_tokens=990)))
+    PagedCache(replace(context, options=CacheSettings(max_tokens=960)))
 
 
 def test_a_precision_that_the_decoder_does_not_have() -> None:

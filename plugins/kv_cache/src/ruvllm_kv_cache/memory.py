@@ -23,12 +23,12 @@ def float_scheme(context: CacheContext, wanted: str | None) -> str:
     return scheme
 
 
-def require_room(needed: int, fixed: int, per_token: float, purpose: str) -> None:
+def require_room(needed: int, fixed: int, block_bytes: int, block_size: int, purpose: str) -> None:
     """Raise `OutOfMemoryError` if `needed` bytes are more than there are; it says how many tokens would fit.
 
-    `fixed` bytes of them are needed whatever the number of tokens.
+    `fixed` bytes of them are needed whatever the number of tokens; these come in blocks.
     """
-    fits = max(int((available_memory() - fixed) / per_token), 0)
+    fits = max((available_memory() - fixed) // block_bytes, 0) * block_size
     remedy = "set plugins.kv_cache.max_tokens or max_context lower, or run fewer sequences at a time"
     require_memory(needed, purpose, f"{fits} tokens would fit: {remedy}")
 

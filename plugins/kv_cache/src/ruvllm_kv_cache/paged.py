@@ -60,7 +60,7 @@ class PagedCache:
         per_sequence = -(-context.max_context // size)
         blocks = -(-options.max_tokens // size) if options.max_tokens else per_sequence * context.max_sequences
         per_block = size * bytes_per_token(context.spec, scheme)
-        require_room(blocks * per_block, 0, per_block // size, f"keys and values of {blocks * size} tokens in {scheme}")
+        require_room(blocks * per_block, 0, per_block, size, f"keys and values of {blocks * size} tokens in {scheme}")
         self._storage: KVStorage = context.decoder.allocate_kv(blocks, size, scheme)
         self._block_bytes = self._storage.nbytes // blocks
         self._window = common_window(context.spec)

@@ -108,7 +108,8 @@ class TwoTierCache:
         require_room(
             fixed + batches * store_block,
             fixed,
-            store_block / size,
+            store_block,
+            size,
             f"keys and values of {batches * size} tokens in {options.store_precision} and {tail * size} in {scheme}",
         )
         self._tail: KVStorage = decoder.allocate_kv(tail, size, scheme)
