@@ -8,7 +8,8 @@ import numpy.typing as npt
 _NEWEST = 0.2  # weight of the newest measurement in a running mean
 _OUTLIER = 1.5  # a measurement counts as at most so many times what was expected
 _SLOPE = 0.15  # what a token adds to a step before any other size was measured, relative to that step
-_PRIOR = 0.9, 5  # acceptance to start from, as if so many tokens had been judged
+_PRIOR = 0.7, 4  # acceptance to start from, as if so many tokens had been judged
+_GAIN = 1.05  # how many times as fast drafts must be expected to be
 _MEMORY = 20  # judged tokens that acceptance is a running mean of
 _TRIAL = 2  # tokens drafted to see whether it pays by now
 _PAUSES = (8, 64)  # steps to the next trial: after the first, and at most
@@ -58,9 +59,9 @@ class Depth:
     def choose(self, costs: Array) -> int:
         """The depth with the most tokens a second, or 0; `costs` ``[1 + most]`` are seconds by depth."""
         depths = np.arange(len(costs))
-        self.best = _last_least(costs / np.cumsum(self._rate**depths))
+        self.best = _worthwhile(costs / np.cumsum(self._rate**depths))
         if not self.best and self._pause:
-            self.best = min(_TRIAL, _last_least(costs / (1 + depths)))
+            self.best = min(_TRIAL, _worthwhile(costs / (1 + depths)))
         elif not self.best:
             self._wait = self._pause = _PAUSES[0]
         return self.best
@@ -82,5 +83,7 @@ class Depth:
             self.best = 0
 
 
-def _last_least(values: Array) -> int:
-    return int(len(values) - 1 - np.argmin(values[::-1]))
+def _worthwhile(seconds: Array) -> int:
+    """The depth with the least seconds a token, the last of several; 0 if that is hardly less than without drafts."""
+    best = int(len(seconds) - 1 - np.argmin(seconds[::-1]))
+    return best if seconds[best] * _GAIN <= seconds[0] else 0
