@@ -1,11 +1,13 @@
-"""Both policies through core's suite."""
+"""Both policies through core's suite, with the eager decoder and with the native one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ruvllm_core.protocols import CacheContext, KVCachePolicy
-from ruvllm_core.testing import CachePolicySuite
+import pytest
+
+from ruvllm_core.protocols import CacheContext, DecoderOptions, KVCachePolicy
+from ruvllm_core.testing import CachePolicySuite, tiny
 from ruvllm_kv_cache.paged import PagedCache
 from ruvllm_kv_cache.settings import CacheSettings
 from ruvllm_kv_cache.two_tier import TwoTierCache
@@ -38,3 +40,22 @@ class TestTwoTier(CachePolicySuite):
 
 class TestTwoTierWithSinks(TestTwoTier):
     sinks = 3
+
+
+class Native(CachePolicySuite):
+    """Steps of C++ over the same weights; what they answer is compared with the eager decoder."""
+
+    def feeder(self, flavour: str = "plain") -> tiny.Feeder:
+        provider = pytest.importorskip("ruvllm_kernels_cpu.provider")
+        spec = tiny.FLAVOURS[flavour]
+        options = DecoderOptions(dtype="float32", device="cpu", threads=2, max_context=spec.max_context)
+        decoder = provider.CpuKernels(options).decoder(spec, tiny.tiny_weights(spec), options)
+        return tiny.Feeder(decoder, self.make_cache(tiny.cache_context(decoder)))
+
+
+class TestPagedNative(Native, TestPagedOf4):
+    pass
+
+
+class TestTwoTierNative(Native, TestTwoTierWithSinks):
+    pass

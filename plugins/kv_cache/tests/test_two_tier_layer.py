@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ruvllm_core.errors import CacheFull, ConfigError
-from ruvllm_kv_cache import KVCacheConfig, TwoTierKVCache
+from ruvllm_kv_cache import KVCacheConfig, TwoTierKVCache, TwoTierStats
 from ruvllm_kv_cache.settings import CacheSettings
 
 HEADS, KV_HEADS = 6, 2
@@ -140,6 +140,19 @@ def test_tensors_come_back_as_tensors() -> None:
     assert out.dtype == torch.bfloat16 and (out == 2.0).all()
 
 
+def test_sizes_are_those_of_the_first_tokens() -> None:
+    config = KVCacheConfig(tail_length=32, store_precision="q8", max_tokens=200, migration_batch=16)
+    cache, told = TwoTierKVCache(config), TwoTierKVCache(config, num_kv_heads=KV_HEADS, head_dim=64)
+    assert cache.stats() == TwoTierStats(0, 0, 0, 0, 0, 1.0)
+    with pytest.raises(ValueError, match="nothing has been appended yet"):
+        cache.attend(random(1, HEADS, 64))
+    keys, values, query = random(100, KV_HEADS, 64), random(100, KV_HEADS, 64), random(1, HEADS, 64)
+    for one in (cache, told):
+        one.append(keys, values)
+    np.testing.assert_array_equal(cache.attend(query), told.attend(query))
+    assert cache.stats() == told.stats()
+
+
 def test_errors() -> None:
     cache = TwoTierKVCache(KVCacheConfig(max_tokens=300), num_kv_heads=2, head_dim=64)
     cache.append(random(280, 2, 64), random(280, 2, 64))
@@ -160,7 +173,7 @@ def test_errors() -> None:
     with pytest.raises(ConfigError, match="head_dim 20 is not divisible by the group"):
         TwoTierKVCache(num_kv_heads=1, head_dim=20)
     with pytest.raises(ConfigError, match="tail_length 256 and sink_tokens 4 are more than max_tokens 259"):
-        TwoTierKVCache(KVCacheConfig(max_tokens=259), num_kv_heads=1, head_dim=64)
+        TwoTierKVCache(KVCacheConfig(max_tokens=259))
 
 
 @pytest.mark.parametrize(

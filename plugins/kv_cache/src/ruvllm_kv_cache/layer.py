@@ -19,7 +19,7 @@ from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import CacheContext, Decoder
 from ruvllm_core.settings import CacheConfig
 from ruvllm_kv_cache.settings import CacheSettings, KVCacheConfig
-from ruvllm_kv_cache.two_tier import TwoTierCache
+from ruvllm_kv_cache.two_tier import TwoTierCache, token_limit
 
 _STEP = 512  # tokens appended at a time: all of them are floats until they are in
 _NAME = "layer"
@@ -51,15 +51,24 @@ class TwoTierKVCache:
 
     Args:
         config: sizes and precisions.
-        num_kv_heads, head_dim: K and D of what is appended.
+        num_kv_heads, head_dim: K and D of what is appended; None takes them from the first tokens.
 
     Raises `ConfigError` if the sizes do not go together, and `OutOfMemoryError`.
     """
 
-    def __init__(self, config: KVCacheConfig | None = None, *, num_kv_heads: int, head_dim: int) -> None:
-        config = config or KVCacheConfig()
-        limit, options = config.max_tokens, CacheSettings(**config.model_dump())
-        self._spec = spec = ModelSpec(
+    def __init__(
+        self, config: KVCacheConfig | None = None, *, num_kv_heads: int | None = None, head_dim: int | None = None
+    ) -> None:
+        self._config = config or KVCacheConfig()
+        self._options = CacheSettings(**self._config.model_dump())
+        token_limit(self._options, self._config.max_tokens, self._config.max_tokens)
+        self._known: tuple[ModelSpec, TwoTierCache] | None = None
+        if num_kv_heads is not None and head_dim is not None:
+            self._open(num_kv_heads, head_dim)
+
+    def _open(self, num_kv_heads: int, head_dim: int) -> None:
+        limit = self._config.max_tokens
+        spec = ModelSpec(
             architecture="one layer",
             vocab_size=1,
             hidden_size=num_kv_heads * head_dim,
@@ -74,15 +83,31 @@ class TwoTierKVCache:
         )
         # A policy asks a decoder for storage and for nothing else.
         storages = cast(Decoder, _Storages(spec))
-        self._cache = TwoTierCache(CacheContext(spec, storages, CacheConfig(), limit, 1, min(limit, _STEP), options))
+        context = CacheContext(spec, storages, CacheConfig(), limit, 1, min(limit, _STEP), self._options)
+        self._known = spec, TwoTierCache(context)
         self._cache.open(_NAME, (), limit)
-        self._config = config
+
+    @property
+    def _spec(self) -> ModelSpec:
+        return self._both[0]
+
+    @property
+    def _cache(self) -> TwoTierCache:
+        return self._both[1]
+
+    @property
+    def _both(self) -> tuple[ModelSpec, TwoTierCache]:
+        if self._known is None:
+            raise ValueError("nothing has been appended yet")
+        return self._known
 
     def append(self, keys: Any, values: Any) -> None:
         """Add T tokens: NumPy arrays or tensors of floats ``[T, K, D]``, the keys as attention is to find them.
 
         Raises `CacheFull` if there is no room for all of them, and then adds none.
         """
+        if self._known is None:
+            self._open(*_tensor(keys, (None, None), "keys").shape[1:])
         shape = (self._spec.num_kv_heads, self._spec.head_dim)
         key, value = (_tensor(one, shape, name) for one, name in ((keys, "keys"), (values, "values")))
         if len(key) != len(value):
@@ -125,6 +150,8 @@ class TwoTierKVCache:
 
     def stats(self) -> TwoTierStats:
         """What is held now."""
+        if self._known is None:
+            return TwoTierStats(0, 0, 0, 0, 0, 1.0)
         extra = self._cache.stats().extra
         counts = {name: int(value) for name, value in extra.items() if name != "compression_ratio"}
         return TwoTierStats(**counts, compression_ratio=extra["compression_ratio"])

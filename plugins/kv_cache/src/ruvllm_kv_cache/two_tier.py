@@ -85,7 +85,7 @@ class TwoTierCache:
         options = context.options or CacheSettings()
         spec, decoder, size = context.spec, context.decoder, options.migration_batch
         self.tiers = Tiers(options.sink_tokens, options.tail_length, size)
-        self._limit = _limit(options, options.max_tokens, context.max_context)
+        self._limit = token_limit(options, options.max_tokens, context.max_context)
         self._scheme = scheme = float_scheme(context, options.tail_precision)
         if options.store_precision not in decoder.kv_schemes:
             what = f"this decoder has {', '.join(decoder.kv_schemes)}"
@@ -285,7 +285,7 @@ class TwoTierCache:
             self._store_pool.release(int(held.store[n]))
 
 
-def _limit(options: TierFields, max_tokens: int | None, max_context: int) -> int:
+def token_limit(options: TierFields, max_tokens: int | None, max_context: int) -> int:
     """Most tokens of a sequence. Raises `ConfigError` if tail and sinks alone are more."""
     limit, floats = min(max_context, max_tokens or max_context), options.tail_length + options.sink_tokens
     if floats > limit:
