@@ -92,7 +92,7 @@ class ModelConfig(ModelFields):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _explain(error, type(self), "model configuration") from None
+            raise explain(error, type(self), "model configuration") from None
 
 
 class RunConfig(BaseModel):
@@ -237,10 +237,11 @@ def _validate(model: type[_Model], values: Mapping[str, Any], source: str, prefi
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise _explain(error, model, source, prefix) from None
+        raise explain(error, model, source, prefix) from None
 
 
-def _explain(error: ValidationError, model: type[BaseModel], source: str, prefix: tuple[str, ...] = ()) -> ConfigError:
+def explain(error: ValidationError, model: type[BaseModel], source: str, prefix: tuple[str, ...] = ()) -> ConfigError:
+    """What is wrong with values from `source` for `model`, in one message with the nearest right name."""
     lines: list[str] = []
     hint: str | None = None
     for problem in error.errors():

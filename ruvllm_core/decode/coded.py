@@ -48,9 +48,9 @@ class CodedStorage(KVStorage):
         size, bits, group = self.block_size, STORE_BITS[self.scheme], store_group(self.head_dim)
         blocks = torch.from_numpy(slots[::size] // size).to(key.device)
         turned = [_turn(one).view(-1, size, *one.shape[1:]).transpose(1, 2) for one in (key, value)]
-        mean = turned[0].mean(2, keepdim=True)
-        self.means[layer][blocks] = _encode(mean, 8, self.head_dim)[:, :, 0]
-        turned[0] = turned[0] - _decode(_encode(mean, 8, self.head_dim), 8, self.head_dim)
+        mean = _encode(turned[0].mean(2, keepdim=True), 8, self.head_dim)
+        self.means[layer][blocks] = mean[:, :, 0]
+        turned[0] = turned[0] - _decode(mean, 8, self.head_dim)
         for stored, one in zip((self.keys[layer], self.values[layer]), turned, strict=True):
             stored[blocks] = _encode(one, bits, group)
 

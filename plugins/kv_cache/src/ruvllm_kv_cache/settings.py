@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ruvllm_core.errors import ConfigError, near
+from ruvllm_core.settings import explain
 
 
 class TierFields(BaseModel):
@@ -39,10 +39,7 @@ class KVCacheConfig(TierFields):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
-            hint = near(unknown[0], type(self).model_fields) if unknown else None
-            raise ConfigError(f"this cache configuration makes no sense: {problems}", hint=hint) from None
+            raise explain(error, type(self), "cache configuration") from None
 
 
 class CacheSettings(TierFields):
