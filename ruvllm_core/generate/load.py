@@ -79,9 +79,10 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     def open_named(name: str) -> tuple[ModelFile, Tokenizer]:
         found = open_model(resolve(name, settings), registry)
         found.check_finite()
+        text = found.tokenizer()  # before the work of quantizing, which a broken one would waste
         if quantizer is not None:
             quantize_weights(found, quantizer)
-        return found, found.tokenizer()
+        return found, text
 
     model, tokenizer = open_named(settings.model)
     max_context = _max_context(model.spec, settings)
