@@ -15,8 +15,3 @@ def kernels() -> list[Offer]:
 @hookimpl
 def cache_policies() -> list[Offer]:
     return [Offer("contiguous", "ruvllm_core.decode.contiguous:ContiguousCache", "one block a sequence")]
-
-
-@hookimpl
-def commands() -> list[Offer]:
-    return [Offer("plugins", "ruvllm_core.cli.plugins_command:command", "what is installed, and whether it works")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ruvllm_core.generate.speculative import Speculator
     from ruvllm_core.model.quant import QuantTensor
     from ruvllm_core.model.spec import ModelSpec, TensorSource
+    from ruvllm_core.model.tokenizer import Tokenizer
     from ruvllm_core.settings import CacheConfig
 
 FloatArray = npt.NDArray[np.float32]
@@ -292,20 +293,44 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class LearningContext:
-    """What a learning loop is built from. `state_dir` is its own folder, which may not exist yet."""
+    """What a learning loop is built from.
+
+    Attributes:
+        state_dir: its own folder, which may not exist yet.
+        weights: the model's, by canonical name, for loops that need a gradient.
+        tokenizer: the model's; None where texts are never needed.
+    """
 
     spec: ModelSpec
     decoder: Decoder
     model: str
     state_dir: Path
     options: Any = None
+    weights: Weights = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+
+
+@dataclass(frozen=True)
+class FeedbackResult:
+    """What became of feedback.
+
+    Attributes:
+        status: ``applied`` if the adapter of the next request is another one already; ``deferred`` if that is left to
+            idle time; ``refused`` if it will never change anything.
+        version: of the adapter that is in force now; empty is the base model.
+        reason: why it was not applied at once.
+    """
+
+    status: Literal["applied", "deferred", "refused"]
+    version: str = ""
+    reason: str = ""
 
 
 class LearningLoop(Protocol):
     """Observes finished requests and adapts. All calls come from the thread that runs the backend.
 
     Attributes:
-        wants_hidden: record hidden states of every request.
+        wants_hidden: record hidden states of every request, and what its tokens were drawn from.
     """
 
     wants_hidden: bool
@@ -316,11 +341,11 @@ class LearningLoop(Protocol):
     def observe(self, trajectory: Trajectory) -> None:
         """A request has finished."""
 
-    def feedback(self, request_id: str, quality: float) -> None:
+    def feedback(self, request_id: str, quality: float) -> FeedbackResult:
         """The user's verdict in ``[0, 1]``. Raises `LearningError` for a request it does not remember."""
 
     def tick(self, budget_s: float) -> bool:
-        """Idle time: work for at most `budget_s` seconds; True if more is waiting."""
+        """Idle time, or a little of a busy engine's: work for at most `budget_s` seconds; True if more is waiting."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that was learned."""
@@ -330,3 +355,6 @@ class LearningLoop(Protocol):
 
     def proposer(self) -> Proposer | None:
         """A learned draft for speculation, or None."""
+
+    def close(self) -> None:
+        """Put what was learned where it lasts, and free everything."""

@@ -27,7 +27,7 @@ from ruvllm_core.errors import (
 )
 from ruvllm_core.generate.request import Generation, Request, Trajectory
 from ruvllm_core.hookspecs import API_VERSION, Offer, hookimpl
-from ruvllm_core.protocols import Adapter, LearningContext, LowRank
+from ruvllm_core.protocols import Adapter, FeedbackResult, LearningContext, LowRank
 from ruvllm_core.registry import Registry
 
 GREEDY = GenerateParams(max_tokens=24, temperature=0.0)
@@ -54,10 +54,11 @@ class RecordingLoop:
     def observe(self, trajectory: Trajectory) -> None:
         self.seen.append(trajectory)
 
-    def feedback(self, request_id: str, quality: float) -> None:
+    def feedback(self, request_id: str, quality: float) -> FeedbackResult:
         if request_id not in {trajectory.request_id for trajectory in self.seen}:
             raise LearningError(f"request {request_id} is not remembered")
         self.feedbacks.append((request_id, quality))
+        return FeedbackResult("applied", "v1")
 
     def tick(self, budget_s: float) -> bool:
         self.ticks += 1
@@ -71,6 +72,9 @@ class RecordingLoop:
 
     def proposer(self) -> None:
         return None
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _registry() -> Registry:

@@ -45,7 +45,7 @@ class CommandGroup(click.Group):
         except PluginError as error:
             if cmd_name in known or error.__cause__ is not None:
                 raise
-            everyday = "" if "run" in known else "run, chat, pull and others come with the package ruvllm-cli\n"
+            everyday = "" if "run" in known else "plugins, run, chat and others come with the package ruvllm-cli\n"
             message = f"there is no command {cmd_name!r}{registry.not_in_use}\n{everyday}{near(cmd_name, known)}"
             raise click.UsageError(message, ctx) from None
         if not isinstance(command, click.Command):
@@ -69,11 +69,9 @@ class CommandGroup(click.Group):
         try:
             rows = [(name, offer.summary) for name, offer in _offers(ctx).items()]
         except ConfigError as error:  # help must be there for those with broken settings
-            from ruvllm_core.builtin import commands
-
-            rows = [(offer.name, offer.summary) for offer in commands()]
             formatter.write_paragraph()
-            formatter.write_text(f"Commands of plugins are left out, since the settings are wrong: {error.message}")
+            formatter.write_text(f"Commands come from plugins, and are left out, as settings are wrong: {error.message}")
+            return
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

@@ -19,7 +19,7 @@ from ruvllm_core.generate.worker import Worker
 from ruvllm_core.log import get_logger
 from ruvllm_core.model.chat_template import ChatTemplate
 from ruvllm_core.model.spec import ModelSpec
-from ruvllm_core.protocols import CacheStats, FloatArray
+from ruvllm_core.protocols import CacheStats, FeedbackResult, FloatArray
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import ModelConfig, Settings, load_settings
 
@@ -131,8 +131,8 @@ class Engine:
         finally:
             self._worker.cancel(request.id)
 
-    def feedback(self, request_id: str, quality: float) -> None:
-        """Say how good an answer was, from 0 to 1; every learning loop hears of it before this returns.
+    def feedback(self, request_id: str, quality: float) -> dict[str, FeedbackResult]:
+        """Say how good an answer was, from 0 to 1; what each learning loop, by its name, has made of it.
 
         Raises `LearningError` if nothing learns here or the request is not remembered.
         """
@@ -143,8 +143,8 @@ class Engine:
                 "no learning loop is running, so this feedback would be lost",
                 hint="install a plugin that offers one, and see that the setting `learning` does not leave it out",
             )
-        for learning in self._parts.loops:
-            self._worker.call(lambda learning=learning: learning.feedback(request_id, quality))  # type: ignore[misc]
+        loops = zip(self.info.learning, self._parts.loops, strict=True)
+        return self._worker.call(lambda: {name: loop.feedback(request_id, quality) for name, loop in loops})
 
     def score(self, token_ids: Sequence[int]) -> FloatArray:
         """Natural log-probability of each of ``token_ids[1:]`` given those before, float32 ``[n - 1]``."""
@@ -173,6 +173,8 @@ class Engine:
     def close(self) -> None:
         """Cancel what is running and free everything. May be called again."""
         if self._worker.close():
+            for loop in self._parts.loops:
+                loop.close()
             self._parts.backend.close()
             if self._parts.speculator is not None:
                 self._parts.speculator.close()

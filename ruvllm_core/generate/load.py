@@ -87,7 +87,7 @@ def load_parts(settings: Settings, registry: Registry) -> Parts:
     model, tokenizer = open_named(settings.model)
     max_context = _max_context(model.spec, settings)
     decoder, kernels, device = _choose_decoder(model, settings, registry, max_context)
-    loops = _learning_loops(settings, registry, decoder)
+    loops = _learning_loops(settings, registry, decoder, model, tokenizer)
     depth = settings.draft_tokens or (_NGRAM_DEPTH if settings.speculative == "ngram" else _DEPTH)
 
     def new_cache(max_sequences: int) -> p.KVCachePolicy:
@@ -188,11 +188,14 @@ def _max_context(spec: ModelSpec, settings: Settings) -> int:
     return max(fits, 1)
 
 
-def _learning_loops(settings: Settings, registry: Registry, decoder: p.Decoder) -> dict[str, p.LearningLoop]:
+def _learning_loops(
+    settings: Settings, registry: Registry, decoder: p.Decoder, model: ModelFile, tokenizer: Tokenizer
+) -> dict[str, p.LearningLoop]:
     kind, wanted = "learning_loops", settings.learning
     found = registry.load_all(kind) if wanted == "auto" else {name: registry.load(kind, name) for name in wanted}
     loops: dict[str, p.LearningLoop] = {}
     for name, make_loop in found.items():
         options, folder = registry.options(registry.entry(kind, name).plugin), settings.cache_dir / "learning" / name
-        loops[name] = make_loop(p.LearningContext(decoder.spec, decoder, settings.model, folder, options))
+        given = decoder.spec, decoder, settings.model, folder, options, model.weights, tokenizer
+        loops[name] = make_loop(p.LearningContext(*given))
     return loops

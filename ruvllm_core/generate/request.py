@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruvllm_core.errors import RequestError, near
 
 if TYPE_CHECKING:
+    from ruvllm_core.generate.sampler import Distribution
     from ruvllm_core.protocols import Adapter
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -76,9 +77,11 @@ class GenerateParams(SamplingFields):
 
     Attributes:
         cache_salt: cached prefixes are shared only among requests with the same one.
+        user: whose answer it is, for loops that learn for each user apart; empty is whoever has no name.
     """
 
     cache_salt: str = ""
+    user: str = ""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -100,7 +103,7 @@ class Request:
         stop_ids: tokens that end generation.
         capacity: most tokens, prompt and answer together, that the sequence may come to.
         adapter: the low-rank adapter it runs with, or None.
-        keep_hidden: put hidden states into the token events.
+        keep_hidden: put hidden states, and what tokens were drawn from, into the token events.
         cache_key: what must not share cached prefixes with others (see `KVCachePolicy.open`).
     """
 
@@ -128,6 +131,8 @@ class TokenEvent:
         logprob: natural log-probability after penalties and bias, at temperature 1, if asked for.
         top_logprobs: the most likely tokens with theirs, if asked for.
         hidden: float32 ``[C]``, the state whose logits this token was drawn from, before any adapter; if asked for.
+        drawn_from: the likeliest of what it was drawn from, at most 64, with their probabilities in all of it; if asked
+            for, and not greedy.
         cached_tokens: prompt tokens that needed no computing; on the first event.
         prefill_s: seconds from when work on the request began; on the first event.
         error: why the request failed.
@@ -140,6 +145,7 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: Mapping[int, float] | None = None
     hidden: npt.NDArray[np.float32] | None = None
+    drawn_from: Distribution | None = None
     cached_tokens: int = 0
     prefill_s: float = 0.0
     error: Exception | None = None
@@ -228,6 +234,7 @@ class Trajectory:
     Attributes:
         logprobs: float32 ``[n]`` of the generated tokens after penalties and bias, at temperature 1, or None.
         hidden: float32 ``[n, C]``, the state each token was drawn from, before any adapter, or None.
+        drawn_from: the likeliest of what each token was drawn from (see `TokenEvent`); empty if greedy or not recorded.
         adapter_version: of the adapter it ran with, or None for the base model.
     """
 
@@ -240,6 +247,7 @@ class Trajectory:
     adapter_version: str | None = None
     logprobs: npt.NDArray[np.float32] | None = None
     hidden: npt.NDArray[np.float32] | None = None
+    drawn_from: tuple[Distribution, ...] = ()
 
 
 _numbers = itertools.count(1)

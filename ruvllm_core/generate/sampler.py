@@ -17,11 +17,15 @@ _HEAD = 1024
 
 @dataclass(frozen=True)
 class Sampled:
-    """A drawn token; the log-probabilities are those of the model after penalties and bias, at temperature 1."""
+    """A drawn token; the log-probabilities are those of the model after penalties and bias, at temperature 1.
+
+    `drawn_from` is None if greedy.
+    """
 
     token: int
     logprob: float | None = None
     top_logprobs: Mapping[int, float] | None = None
+    drawn_from: Distribution | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,10 @@ class Distribution:
 
     ids: npt.NDArray[np.int64]
     probabilities: npt.NDArray[np.float64]
+
+    def head(self, count: int) -> Distribution:
+        """The `count` likeliest, a copy; probabilities stay those in the whole."""
+        return Distribution(self.ids[:count].copy(), self.probabilities[:count].copy())
 
     def draw(self, uniform: float) -> int:
         """The token at `uniform` in ``[0, 1)`` of the cumulative distribution."""
@@ -77,14 +85,14 @@ class Sampler:
         adjusted = self.adjust(logits)
         if not np.isfinite(adjusted.max()):  # the maximum of anything with a NaN in it is NaN
             raise GenerationError("the model's logits are NaN, infinite, or leave no token to choose")
-        if self._params.temperature == 0.0:
+        target = self.distribution(adjusted) if self._params.temperature > 0.0 else None
+        if target is None:
             token = int(np.argmax(adjusted))
         else:
-            target = self.distribution(adjusted)
             token = pick(target, self._random.random) if pick else target.draw(self._random.random())
-        sampled = self._describe(adjusted, token) if self._params.logprobs is not None else Sampled(token)
         self.count(token)
-        return sampled
+        described = self._describe(adjusted, token) if self._params.logprobs is not None else (None, None)
+        return Sampled(token, *described, target)
 
     def count(self, token: int) -> None:
         """Let the penalties know of a generated token."""
@@ -136,10 +144,10 @@ class Sampler:
                 return head
         return _top(scaled, size)
 
-    def _describe(self, adjusted: FloatArray, token: int) -> Sampled:
+    def _describe(self, adjusted: FloatArray, token: int) -> tuple[float, Mapping[int, float] | None]:
         logprobs, count = log_softmax(adjusted), min(self._params.logprobs or 0, len(adjusted))
         likely = [int(i) for i in _top(logprobs, count) if np.isfinite(logprobs[i])] if count else []
-        return Sampled(token, float(logprobs[token]), {i: float(logprobs[i]) for i in likely} if count else None)
+        return float(logprobs[token]), {i: float(logprobs[i]) for i in likely} if count else None
 
 
 def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:

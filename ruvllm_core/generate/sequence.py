@@ -18,6 +18,8 @@ from ruvllm_core.generate.speculative import NOTHING, Speculator, accept_or_resa
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Decoder, FloatArray, KVCachePolicy
 
+_KEPT = 64  # tokens of a distribution that learning gets to see: almost all of it
+
 
 class Sequence:
     """What a backend keeps of a running request.
@@ -170,6 +172,7 @@ def _draw(sequence: Sequence, hidden: FloatArray, logits: FloatArray) -> list[To
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             hidden=sequence.hidden if request.keep_hidden else None,
+            drawn_from=sampled.drawn_from.head(_KEPT) if request.keep_hidden and sampled.drawn_from else None,
             cached_tokens=sequence.cached if first else 0,
             prefill_s=time.perf_counter() - sequence.started if first else 0.0,
         )

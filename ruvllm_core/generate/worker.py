@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ruvllm_core.protocols import Backend, LearningLoop
 
 T = TypeVar("T")
 _IDLE_BUDGET_S = 0.05
+_BUSY_BUDGET_S, _BUSY_SHARE = 0.02, 1 / 32  # so that whoever asks without a pause is learned from, too
 _log = get_logger("worker")
 
 
@@ -102,6 +104,7 @@ class Worker:
                 command()
 
     def _serve(self) -> None:
+        saved = 0.0
         while True:
             for command in self._waiting():
                 if command is None:
@@ -110,7 +113,13 @@ class Worker:
                     return
                 command()
             if self._backend.busy:
+                began = time.perf_counter()
                 self._step()
+                saved = min(saved + (time.perf_counter() - began) * _BUSY_SHARE, _BUSY_BUDGET_S)
+                if saved == _BUSY_BUDGET_S:
+                    began = time.perf_counter()
+                    self._learn(_BUSY_BUDGET_S)
+                    saved -= time.perf_counter() - began
 
     def _waiting(self) -> list[Callable[[], None] | None]:
         """Commands that have come in; with nothing else to do, waits for one."""
@@ -119,7 +128,7 @@ class Worker:
             try:
                 commands.append(self._commands.get_nowait())
             except queue.Empty:
-                if commands or self._backend.busy or self._learn():
+                if commands or self._backend.busy or self._learn(_IDLE_BUDGET_S):
                     return commands
                 return [self._commands.get()]
 
@@ -187,12 +196,12 @@ class Worker:
             except Exception as error:  # the answer is out already; learning must not take the engine down
                 _failed("a learning loop's observe", error, loop=type(loop).__name__)
 
-    def _learn(self) -> bool:
-        """Give idle time to the loops; True if one has more to do."""
+    def _learn(self, budget_s: float) -> bool:
+        """Give time to the loops; True if one has more to do."""
         more = False
         for loop in self._loops:
             try:
-                more = loop.tick(_IDLE_BUDGET_S) or more
+                more = loop.tick(budget_s) or more
             except Exception as error:
                 _failed("a learning loop's tick", error, loop=type(loop).__name__)
         return more

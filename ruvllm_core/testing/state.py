@@ -143,7 +143,8 @@ class LearningLoopSuite:
 
     def test_observes_and_remembers(self, tmp_path: Path) -> None:
         decoder, rng = tiny.tiny_decoder(tiny.tiny_spec()), np.random.default_rng(0)
-        context = LearningContext(decoder.spec, decoder, "tiny", tmp_path / "learned")
+        weights = tiny.tiny_weights(decoder.spec)
+        context = LearningContext(decoder.spec, decoder, "tiny", tmp_path / "learned", weights=weights)
         loop, untouched = self.make_loop(context), tiny.whole(decoder, tiny.TEXTS["c"])
         for n, (name, text) in enumerate(tiny.TEXTS.items()):
             asked = tiny.tiny_request(text[:9], id=name, seed=n)
@@ -151,7 +152,7 @@ class LearningLoopSuite:
             hidden = rng.normal(size=(len(text) - 9, 64)).astype(np.float32) if loop.wants_hidden else None
             ids = asked.prompt_ids, tuple(text[9:])
             loop.observe(Trajectory(name, *ids, "text", "length", asked.params, version, hidden=hidden))
-            loop.feedback(name, n / 2)  # from 0 to 1
+            assert loop.feedback(name, n / 2).status in ("applied", "deferred", "refused")  # from 0 to 1
         with pytest.raises(LearningError, match="nobody"):
             loop.feedback("nobody", 0.5)
         assert any(not loop.tick(0.05) for _ in range(200)), "there is always more to do"
@@ -166,3 +167,4 @@ class LearningLoopSuite:
                 np.testing.assert_array_equal(delta.b @ delta.a, theirs.sites[site].b @ theirs.sites[site].a, site)
                 assert (delta.b @ delta.a).shape == (places[site].b @ places[site].a).shape, site
         np.testing.assert_array_equal(tiny.whole(decoder, tiny.TEXTS["c"]), untouched)
+        loop.close(), restored.close()

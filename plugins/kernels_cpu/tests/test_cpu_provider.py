@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ruvllm_core.cli.plugins_command import selections
+from ruvllm_cli.plugins_command import selections
 from ruvllm_core.errors import ConfigError, PluginError
 from ruvllm_core.protocols import DecoderOptions
 from ruvllm_core.registry import Registry

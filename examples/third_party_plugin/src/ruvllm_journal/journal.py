@@ -3,6 +3,7 @@
 import json
 
 from ruvllm_core.errors import LearningError
+from ruvllm_core.protocols import FeedbackResult
 
 
 class Journal:
@@ -23,6 +24,7 @@ class Journal:
         if request_id not in self.seen:
             raise LearningError(f"journal has no answer {request_id}", hint="rate it in the process it came from")
         self._write(id=request_id, quality=quality)
+        return FeedbackResult("refused", reason="a journal changes nothing")
 
     def tick(self, budget_s):
         return False
@@ -35,6 +37,9 @@ class Journal:
 
     def proposer(self):
         return None
+
+    def close(self):
+        pass
 
     def _write(self, **row):
         self.path.parent.mkdir(parents=True, exist_ok=True)

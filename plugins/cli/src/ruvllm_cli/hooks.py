@@ -12,6 +12,7 @@ _COMMANDS = {
     "pull": "download a model",
     "list": "models that are here",
     "rm": "delete a downloaded model",
+    "plugins": "what is installed, and whether it works",
     "doctor": "this machine, and what would be selected on it",
     "bench": "measure speed and memory",
     "perplexity": "how well a model predicts a text",

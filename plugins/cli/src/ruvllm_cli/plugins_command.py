@@ -71,8 +71,7 @@ def _select(registry: Registry, kind: str, wanted: list[str] | str, device: str)
 def print_plugins(report: dict[str, Any]) -> None:
     """The tables of ``ruvllm plugins`` and ``ruvllm doctor``."""
     columns = ("kind", "name", "status", "distribution", "version", "reason", "summary")
-    kept = [row for row in report["plugins"] if row["kind"] != "commands" or row["distribution"] != "ruvllm-core"]
-    print_table("Plugins", columns, [[row[column] or "" for column in columns] for row in kept])
+    print_table("Plugins", columns, [[row[column] or "" for column in columns] for row in report["plugins"]])
     rows = []
     for kind, one in report["selected"].items():
         rivals = "; ".join(f"{lost['name']}: {lost['reason']}" for lost in one["lost"])
