@@ -1,0 +1,12 @@
+"""What this plugin registers: the learning loop ``sona``."""
+
+from __future__ import annotations
+
+from ruvllm_core.hookspecs import Offer, hookimpl
+
+RUVLLM_API_VERSION = 1
+
+
+@hookimpl
+def learning_loops() -> list[Offer]:
+    return [Offer("sona", "ruvllm_sona.loop:SonaLoop", "adapters that learn from feedback")]
