@@ -6,7 +6,7 @@ layers, so that whoever runs it can stop between two of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,18 +60,20 @@ class Network:
         self._resident = resident
         self._weights = weights
         self._widths = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
-        self._layers: list[dict[str, FrozenLinear | Tensor]] = []
+        self._layers = [self._layer(n) for n in range(spec.num_layers)]
         self._final_norm = self._vector("final_norm")
         self._embed: QuantTensor = weights["embed"]
         head = weights["embed" if spec.tied_embeddings else "lm_head"]
         self._head = FrozenLinear([head], [], self.device, self.dtype, resident)
         self._rope: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def load_layer(self) -> bool:
-        """Decode the next layer's weights; False once all are there. `layer` does so by itself where it must."""
-        n = len(self._layers)
-        if n == self.spec.num_layers:
-            return False
+    def load(self) -> Iterator[None]:
+        """Decode all weights that are to be kept, a piece at a time; until that is done, computing is slower."""
+        for linear in (self._head, *(one for layer in self._layers for one in layer.values())):
+            if isinstance(linear, FrozenLinear):
+                yield from linear.load()
+
+    def _layer(self, n: int) -> dict[str, FrozenLinear | Tensor]:
         prefix = f"layers.{n}."
         layer: dict[str, FrozenLinear | Tensor] = {
             norm: self._vector(prefix + norm) for norm in ("attn_norm", "mlp_norm")
@@ -80,13 +82,12 @@ class Network:
             tensors = [self._weights[prefix + part] for part in parts]
             biases = [self._vector(f"{prefix}{part}.bias") for part in parts if f"{prefix}{part}.bias" in self._weights]
             layer[name] = FrozenLinear(tensors, biases, self.device, self.dtype, self._resident)
-        self._layers.append(layer)
-        return True
+        return layer
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids int64 ``[G, T]`` to float32 ``[G, T, C]``."""
-        if self._head.weight is not None and self.spec.tied_embeddings and self._head.exact:
-            return F.embedding(tokens, self._head.weight).float()
+        if (weight := self._head.weight) is not None and self.spec.tied_embeddings and self._head.exact:
+            return F.embedding(tokens, weight)
         found, places = torch.unique(tokens, return_inverse=True)
         picked = self._embed.data[found.cpu().numpy()]
         rows = QuantTensor(self._embed.scheme, (len(found), self._embed.columns), picked).dequantize()
@@ -101,8 +102,6 @@ class Network:
         attend: Attend | None = None,
     ) -> Tensor:
         """Layer `n` of the residual stream; `rope` comes from `rope`, `attend` is causal attention unless given."""
-        while len(self._layers) <= n:
-            self.load_layer()
         layer, spec, prefix = self._layers[n], self.spec, f"layers.{n}."
         normed = self._norm(x, layer["attn_norm"])
         parts = self._linear(layer["attn.qkv"], normed).split([width * spec.head_dim for width in self._widths], -1)
