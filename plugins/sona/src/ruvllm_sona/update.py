@@ -40,10 +40,13 @@ class Pass:
         adapters: those of every row, or one for all.
         tokens: int64 ``[M, T]``.
         keep: remember what the way back needs.
+        inputs: go back to the first layer's input, though nothing there is trained.
     """
 
-    def __init__(self, network: Network, adapters: AdapterStack, *, tokens: Tensor, keep: bool) -> None:
-        self._network, self._adapters, self._keep = network, adapters, keep
+    def __init__(
+        self, network: Network, adapters: AdapterStack, *, tokens: Tensor, keep: bool, inputs: bool = False
+    ) -> None:
+        self._network, self._adapters, self._keep, self._inputs = network, adapters, keep, inputs
         self._rope = network.rope(tokens.shape[1])
         self._kept: list[tuple[Tensor, Tensor]] = []
         self.x = network.embed(tokens)
@@ -53,7 +56,7 @@ class Pass:
         layers = self._network.spec.num_layers
         for n in range(layers + 1):
             with torch.set_grad_enabled(self._keep):
-                x = self.x.detach().requires_grad_(self._keep and n > 0)
+                x = self.x.detach().requires_grad_(self._keep and (n > 0 or self._inputs))
                 y = (
                     self._network.norm(x, self._adapters)
                     if n == layers
