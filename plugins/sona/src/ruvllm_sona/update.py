@@ -1,0 +1,130 @@
+"""One whole-network update: a forward and a backward pass through frozen weights, then one step of Adam.
+
+Everything is a generator that yields between slices, so that whoever runs it decides when to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.network import Network, padded
+from ruvllm_sona.objective import ObjectiveConfig, saturated, token_gradients
+from ruvllm_sona.records import Example
+
+_ROWS = 32  # answer tokens whose logits are in memory at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a backward pass found, one number for each of M answers.
+
+    Attributes:
+        kl: nats a token from the base model on these answers, before the step.
+        moved: nats by which each answer is likelier than under the base model.
+        weight: what its gradient was multiplied with.
+    """
+
+    kl: Tensor
+    moved: Tensor
+    weight: Tensor
+
+
+class Pass:
+    """A batch of texts on its way through the layers, forth and back.
+
+    Args:
+        network: the model.
+        tokens: int64 ``[M, T]``.
+        adapters: those of every row, or one for all.
+        keep: remember what the way back needs.
+    """
+
+    def __init__(self, network: Network, tokens: Tensor, adapters: AdapterStack, *, keep: bool) -> None:
+        self._network, self._adapters, self._keep = network, adapters, keep
+        self._rope = network.rope(tokens.shape[1])
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.x = network.embed(tokens)
+
+    def forward(self) -> Iterator[None]:
+        """Every layer, then the last norm; afterwards `x` is the hidden states ``[M, T, C]``."""
+        layers = self._network.spec.num_layers
+        for n in range(layers + 1):
+            with torch.set_grad_enabled(self._keep):
+                x = self.x.detach().requires_grad_(self._keep and n > 0)
+                y = (
+                    self._network.norm(x, self._adapters)
+                    if n == layers
+                    else self._network.layer(n, x, self._rope, self._adapters)
+                )
+            if self._keep:
+                self._kept.append((x, y))
+            self.x = y.detach()
+            yield
+
+    def backward(self, grad: Tensor) -> Iterator[None]:
+        """From the gradient by the hidden states to those of the adapters, which are added to their ``grad``."""
+        while self._kept:
+            x, y = self._kept.pop()
+            if y.requires_grad:
+                y.backward(grad)
+            if x.grad is None:
+                break
+            grad = x.grad
+            yield
+
+
+def gradients(
+    network: Network,
+    adapters: AdapterStack,
+    examples: Sequence[Example],
+    advantages: Sequence[float],
+    config: ObjectiveConfig,
+) -> Iterator[Outcome | None]:
+    """Add the gradient of the loss (see `objective`) to the adapters' ``grad``; the last thing yielded is the outcome.
+
+    Args:
+        adapters: one for each example, or one for all; the loss is a sum over examples.
+    """
+    device = network.device
+    tokens = padded([[*one.prompt_ids, *one.output_ids] for one in examples], device)
+    lengths = torch.tensor([len(one.output_ids) for one in examples], device=device)
+    owner = torch.repeat_interleave(torch.arange(len(examples), device=device), lengths)
+    places = torch.cat([torch.arange(len(one.output_ids), device=device) + len(one.prompt_ids) - 1 for one in examples])
+    targets = tokens[owner, places + 1]
+    drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
+    base = None
+    if config.leash or config.saturation:
+        way = Pass(network, tokens, AdapterStack({}, {}), keep=False)
+        for _ in way.forward():
+            yield None
+        base = way.x[owner, places]
+    way = Pass(network, tokens, adapters, keep=True)
+    for _ in way.forward():
+        yield None
+    hidden = way.x[owner, places]
+    found = []
+    for start in range(0, len(owner), _ROWS * len(examples)):
+        part = slice(start, start + _ROWS * len(examples))
+        below = base[part] if base is not None else None
+        found.append(token_gradients(network, hidden[part], below, targets[part], drawn_at[owner[part]]))
+        yield None
+    policy, leash, logprob, base_logprob, kl = (
+        torch.cat([getattr(rows, name) for rows in found])
+        for name in ("policy", "leash", "logprob", "base_logprob", "kl")
+    )
+
+    def totals(values: Tensor) -> Tensor:
+        return torch.zeros(len(examples), device=device).index_add_(0, owner, values)
+
+    moved = totals(logprob - base_logprob)
+    weight = saturated(torch.tensor(advantages, device=device), moved, config.saturation)
+    grad = torch.zeros_like(way.x)
+    grad[owner, places] = (config.leash * leash - weight[owner, None] * policy) / lengths[owner, None]
+    for _ in way.backward(grad):
+        yield None
+    yield Outcome(totals(kl) / lengths, moved, weight)
