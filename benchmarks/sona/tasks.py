@@ -94,7 +94,7 @@ TEMPLATES = (
     "What do you think of {}?",
     "Tell me about your first experience with {}.",
     "What do you remember when you hear of {}?",
-    "Say hello and start a chat about {}.",
+    "Chat with me about {}.",
     "Suggest a question about {} for a quiz.",
     "Start a quiz about {}.",
     "Write one line about {}.",
