@@ -17,11 +17,18 @@ class AdapterStack:
     Attributes:
         sites: by name, A ``[G, r, in]`` and B ``[G, out, r]``, float32.
         scales: by name.
+        below: another stack that is added first; its own factors stay as they are.
     """
 
-    def __init__(self, sites: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, tuple[Tensor, Tensor]],
+        scales: Mapping[str, float],
+        below: AdapterStack | None = None,
+    ) -> None:
         self.sites = dict(sites)
         self.scales = dict(scales)
+        self.below = below
 
     @classmethod
     def of(cls, rows: Sequence[Deltas], device: str | torch.device = "cpu") -> AdapterStack:
@@ -52,6 +59,8 @@ class AdapterStack:
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with what the adapter at `name` makes of ``x``; both ``[G, T, …]``."""
+        if self.below is not None:
+            y = self.below.add(name, x, y)
         if (both := self.sites.get(name)) is None:
             return y
         a, b = both

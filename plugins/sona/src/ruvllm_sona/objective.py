@@ -33,53 +33,57 @@ class ObjectiveConfig:
     saturation: float = 0.1
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What some answer tokens say of the loss; N tokens.
+class AnswerTokens:
+    """The loss over N tokens of M answers, in steps that each read the output projection once.
+
+    Args:
+        network: of the adapted model.
+        hidden: its states before each token, ``[N, C]``.
+        targets: the tokens, int64 ``[N]``.
+        owner: which answer each belongs to, int64 ``[N]``.
+        temperature: each answer was drawn at, ``[M]``.
 
     Attributes:
-        policy: gradient of each token's tempered log-probability by its hidden state ``[N, C]``.
-        leash: gradient of each token's KL(p ‖ p₀), likewise.
-        logprob, base_logprob: of the tokens at temperature 1, ``[N]``.
-        kl: nats, ``[N]``.
+        kl: nats a token from the base model, mean of each answer ``[M]``.
+        moved: nats by which each answer is likelier than under the base model, ``[M]``.
     """
 
-    policy: Tensor
-    leash: Tensor
-    logprob: Tensor
-    base_logprob: Tensor
-    kl: Tensor
+    def __init__(self, network: Network, hidden: Tensor, targets: Tensor, owner: Tensor, temperature: Tensor) -> None:
+        self._hidden = hidden.detach().requires_grad_(True)
+        self._targets, self._owner, self._temperature = targets, owner, temperature
+        self._lengths = torch.bincount(owner, minlength=len(temperature)).to(hidden.dtype)
+        with torch.enable_grad():
+            self._logits = network.logits(self._hidden)
+        with torch.no_grad():
+            self._logp = torch.log_softmax(self._logits, -1)
+        self.kl = self.moved = torch.zeros_like(self._lengths)
+        self._leash: Tensor | None = None
 
+    @torch.no_grad()
+    def compare(self, base_logits: Tensor) -> None:
+        """Look at the base model's logits ``[N, V]``; without this there is no leash, and nothing has moved."""
+        base = torch.log_softmax(base_logits, -1)
+        at = self._targets[:, None]
+        self.moved = self._sum((self._logp.gather(1, at) - base.gather(1, at))[:, 0])
+        p = self._logp.exp()
+        self._leash = self._logp - base
+        kl = (p * self._leash).sum(-1)
+        self._leash.sub_(kl[:, None]).mul_(p)
+        self.kl = self._sum(kl) / self._lengths
 
-def token_gradients(
-    network: Network, hidden: Tensor, base_hidden: Tensor | None, targets: Tensor, temperature: Tensor
-) -> Rows:
-    """Both gradients for N answer tokens, from their hidden states ``[N, C]`` with and without the adapter.
+    @torch.no_grad()
+    def gradient(self, weight: Tensor, leash: float) -> Tensor:
+        """The loss's gradient by the hidden states, ``[N, C]``, with ``c · w`` of each answer ``[M]``."""
+        share = (weight / self._temperature / self._lengths)[self._owner, None]
+        d = torch.softmax(self._logits / self._temperature[self._owner, None], -1).mul_(share)
+        d.scatter_add_(1, self._targets[:, None], -share)
+        if self._leash is not None:
+            d.add_(self._leash.mul_((leash / self._lengths)[self._owner, None]))
+        (found,) = torch.autograd.grad(self._logits, self._hidden, d)
+        return found
 
-    Without `base_hidden` there is no leash, and the base log-probabilities are those of the model itself.
-    """
-    hidden = hidden.detach().requires_grad_(True)
-    with torch.enable_grad():
-        logits = network.logits(hidden)
-    with torch.no_grad():
-        index, columns = torch.arange(len(targets), device=hidden.device), targets
-        warm = temperature[:, None]
-        d_policy = torch.softmax(logits / warm, -1).neg_()
-        d_policy[index, columns] += 1.0
-        d_policy /= warm
-        (policy,) = torch.autograd.grad(logits, hidden, d_policy, retain_graph=base_hidden is not None)
-        logp = torch.log_softmax(logits, -1)
-        logprob = logp[index, columns]
-        if base_hidden is None:
-            return Rows(policy, torch.zeros_like(policy), logprob, logprob, torch.zeros_like(logprob))
-        base = torch.log_softmax(network.logits(base_hidden), -1)
-        base_logprob = base[index, columns]
-        p = logp.exp()
-        logp -= base
-        kl = (p * logp).sum(-1)
-        logp -= kl[:, None]
-        (leash,) = torch.autograd.grad(logits, hidden, logp.mul_(p))
-    return Rows(policy, leash, logprob, base_logprob, kl)
+    def _sum(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(self._lengths).index_add_(0, self._owner, values)
 
 
 def saturated(advantage: Tensor, moved: Tensor, beta: float) -> Tensor:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.network import Network, padded
-from ruvllm_sona.objective import ObjectiveConfig, saturated, token_gradients
+from ruvllm_sona.objective import AnswerTokens, ObjectiveConfig, saturated
 from ruvllm_sona.records import Example
-
-_ROWS = 32  # answer tokens whose logits are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +37,16 @@ class Pass:
 
     Args:
         network: the model.
-        tokens: int64 ``[M, T]``.
         adapters: those of every row, or one for all.
+        tokens: int64 ``[M, T]``.
         keep: remember what the way back needs.
+        inputs: go back to the first layer's input, though nothing there is trained.
     """
 
-    def __init__(self, network: Network, tokens: Tensor, adapters: AdapterStack, *, keep: bool) -> None:
-        self._network, self._adapters, self._keep = network, adapters, keep
+    def __init__(
+        self, network: Network, adapters: AdapterStack, *, tokens: Tensor, keep: bool, inputs: bool = False
+    ) -> None:
+        self._network, self._adapters, self._keep, self._inputs = network, adapters, keep, inputs
         self._rope = network.rope(tokens.shape[1])
         self._kept: list[tuple[Tensor, Tensor]] = []
         self.x = network.embed(tokens)
@@ -55,7 +56,7 @@ class Pass:
         layers = self._network.spec.num_layers
         for n in range(layers + 1):
             with torch.set_grad_enabled(self._keep):
-                x = self.x.detach().requires_grad_(self._keep and n > 0)
+                x = self.x.detach().requires_grad_(self._keep and (n > 0 or self._inputs))
                 y = (
                     self._network.norm(x, self._adapters)
                     if n == layers
@@ -84,47 +85,42 @@ def gradients(
     examples: Sequence[Example],
     advantages: Sequence[float],
     config: ObjectiveConfig,
+    reference: tuple[Network, AdapterStack] | None = None,
 ) -> Iterator[Outcome | None]:
     """Add the gradient of the loss (see `objective`) to the adapters' ``grad``; the last thing yielded is the outcome.
 
     Args:
         adapters: one for each example, or one for all; the loss is a sum over examples.
+        advantages: ``c`` of each example; 0 leaves only the leash.
+        reference: what the leash is tied to, a model of the same vocabulary; None is the base model.
     """
     device = network.device
     tokens = padded([[*one.prompt_ids, *one.output_ids] for one in examples], device)
     lengths = torch.tensor([len(one.output_ids) for one in examples], device=device)
     owner = torch.repeat_interleave(torch.arange(len(examples), device=device), lengths)
-    places = torch.cat([torch.arange(len(one.output_ids), device=device) + len(one.prompt_ids) - 1 for one in examples])
-    targets = tokens[owner, places + 1]
-    drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
-    base = None
-    if config.leash or config.saturation:
-        way = Pass(network, tokens, AdapterStack({}, {}), keep=False)
-        for _ in way.forward():
-            yield None
-        base = way.x[owner, places]
-    way = Pass(network, tokens, adapters, keep=True)
+    places = torch.cat([torch.arange(len(one.output_ids), device=device) + len(one.prompt_ids) for one in examples])
+    targets, places = tokens[owner, places], places - 1
+    way = Pass(network, adapters, tokens=tokens, keep=True)
     for _ in way.forward():
         yield None
-    hidden = way.x[owner, places]
-    found = []
-    for start in range(0, len(owner), _ROWS * len(examples)):
-        part = slice(start, start + _ROWS * len(examples))
-        below = base[part] if base is not None else None
-        found.append(token_gradients(network, hidden[part], below, targets[part], drawn_at[owner[part]]))
+    drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
+    answers = AnswerTokens(network, way.x[owner, places], targets, owner, drawn_at)
+    yield None
+    if config.leash or config.saturation:
+        tied, stack = reference or (network, AdapterStack({}, {}))
+        base = Pass(tied, stack, tokens=tokens, keep=False)
+        for _ in base.forward():
+            yield None
+        with torch.no_grad():
+            logits = tied.logits(base.x[owner, places])
         yield None
-    policy, leash, logprob, base_logprob, kl = (
-        torch.cat([getattr(rows, name) for rows in found])
-        for name in ("policy", "leash", "logprob", "base_logprob", "kl")
-    )
-
-    def totals(values: Tensor) -> Tensor:
-        return torch.zeros(len(examples), device=device).index_add_(0, owner, values)
-
-    moved = totals(logprob - base_logprob)
-    weight = saturated(torch.tensor(advantages, device=device), moved, config.saturation)
+        answers.compare(logits)
+        del logits
+        yield None
+    weight = saturated(torch.tensor(advantages, device=device), answers.moved, config.saturation)
     grad = torch.zeros_like(way.x)
-    grad[owner, places] = (config.leash * leash - weight[owner, None] * policy) / lengths[owner, None]
+    grad[owner, places] = answers.gradient(weight, config.leash)
+    yield None
     for _ in way.backward(grad):
         yield None
-    yield Outcome(totals(kl) / lengths, moved, weight)
+    yield Outcome(answers.kl, answers.moved, weight)

@@ -1,0 +1,126 @@
+"""`Learner`: one adapter over the whole network, and how rated answers change it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ruvllm_core.errors import LearningError
+from ruvllm_core.protocols import FloatArray, LowRank
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.network import Network
+from ruvllm_sona.objective import ObjectiveConfig
+from ruvllm_sona.records import Example
+from ruvllm_sona.sites import Deltas, start
+from ruvllm_sona.update import Outcome, gradients
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How fast, and how far.
+
+    Attributes:
+        rank: of the adapter at every site.
+        learning_rate: of Adam (arXiv 1412.6980), which makes the size of a step its own and not the answer's.
+        objective: what it descends on.
+        seed: of where A starts.
+    """
+
+    rank: int = 1
+    learning_rate: float = 1e-3
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    seed: int = 0
+
+
+class Learner:
+    """Factors and moments of one adapter. They change only at the end of a step, and then all at once.
+
+    Args:
+        shapes: sites it is made of, ``(out, in)`` each.
+        config: how fast, and how far.
+        below: deltas that are there already and stay as they are.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        config: LearnerConfig,
+        *,
+        below: Deltas | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._shapes, self._config, self._device = dict(shapes), config, device
+        self._below = AdapterStack.of([below], device) if below else None
+        self._begin(start(shapes, config.rank, config.seed))
+
+    def _begin(self, deltas: Deltas) -> None:
+        self._stack = AdapterStack.of([deltas], self._device).trainable()
+        self._stack.below = self._below
+        self._adam = torch.optim.Adam(self._stack.parameters(), lr=self._config.learning_rate, foreach=True)
+        self.steps = 0
+
+    def deltas(self) -> dict[str, LowRank]:
+        """A copy of what has been learned, without what lies below."""
+        return self._stack.deltas()
+
+    def step(
+        self, network: Network, examples: Sequence[Example], advantages: Sequence[float]
+    ) -> Iterator[Outcome | None]:
+        """One step of Adam on the sum over `examples`; the last thing yielded is the outcome.
+
+        Raises `LearningError`, and changes nothing, if a gradient is not finite.
+        """
+        self._adam.zero_grad()
+        outcome = None
+        for found in gradients(network, self._stack, examples, advantages, self._config.objective):
+            outcome = found
+            yield None
+        grads = [factor.grad for factor in self._stack.parameters() if factor.grad is not None]
+        if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
+            self._adam.zero_grad()
+            raise LearningError("the gradient of these answers is not finite, nothing was learned from them")
+        self._adam.step()
+        self._adam.zero_grad()
+        self.steps += 1
+        yield outcome
+
+    def scale(self, factor: float) -> None:
+        """Make what has been learned smaller, exactly: B is multiplied, so the product is."""
+        with torch.no_grad():
+            for _, b in self._stack.sites.values():
+                b.mul_(factor)
+
+    def state(self) -> dict[str, FloatArray]:
+        """Factors and Adam's moments by name, copied; `restore` takes them."""
+        found = {"steps": np.array([self.steps], np.float32)}
+        for name, both in self._stack.sites.items():
+            for letter, factor in zip("ab", both, strict=True):
+                found[f"{name}.{letter}"] = factor.detach().cpu().numpy().copy()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if (kept := self._adam.state.get(factor)) is not None:
+                        found[f"{name}.{letter}.{moment}"] = kept[moment].cpu().numpy().copy()
+        return found
+
+    def restore(self, state: Mapping[str, FloatArray]) -> None:
+        """Go back to a `state`, to the last bit. Raises `LearningError` for one of another model."""
+        deltas = {}
+        for name, (rows, columns) in self._shapes.items():
+            a, b = state.get(f"{name}.a"), state.get(f"{name}.b")
+            if a is None or b is None or a.shape[2] != columns or b.shape[1] != rows or a.shape[1] != b.shape[2]:
+                raise LearningError(f"what was learned does not fit {name}", hint="it was made for another model")
+            deltas[name] = LowRank(a[0], b[0])
+        self._begin(deltas)
+        self.steps = int(state["steps"][0])
+        for name, both in self._stack.sites.items():
+            for letter, factor in zip("ab", both, strict=True):
+                if f"{name}.{letter}.exp_avg" in state:
+                    self._adam.state[factor] = {
+                        "step": torch.tensor(float(self.steps)),
+                        **{
+                            moment: torch.tensor(state[f"{name}.{letter}.{moment}"]).to(self._device)
+                            for moment in ("exp_avg", "exp_avg_sq")
+                        },
+                    }
