@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-LEASHED = "rank 1, leash"
-SHUFFLED = "shuffled rewards"
-CONSTANT = "constant reward"
-RANDOM = "random direction"
-FREE = "rank 1, no leash"
-FINAL = "final site"
-ORIGINAL = "the original's rule"
-DEEP = "deep loop"
-INSTRUCTION = "instruction"
-BEST_OF = "best of 4"
-BASE = "base"
+BASE, LEASHED, FREE, SHUFFLED, CONSTANT, RANDOM = "base", "leashed", "free", "shuffled", "constant", "random"
+FINAL, ORIGINAL, DEEP, INSTRUCTION, BEST_OF = "final", "original", "deep", "instruction", "best-of-4"
 
-#: In the order of the table.
-ARMS = (BASE, LEASHED, FREE, SHUFFLED, CONSTANT, RANDOM, FINAL, ORIGINAL, DEEP, INSTRUCTION, BEST_OF)
+#: What the table calls them, in its order.
+ARMS = {
+    BASE: "base model",
+    LEASHED: "whole network, rank 1, leash",
+    FREE: "the same without the leash",
+    SHUFFLED: "control: shuffled rewards",
+    CONSTANT: "control: constant reward",
+    RANDOM: "control: random direction, equal norm",
+    FINAL: "final site alone",
+    ORIGINAL: "control: the original's rule",
+    DEEP: "deep loop",
+    INSTRUCTION: "instruction in the prompt",
+    BEST_OF: "best of 4 answers",
+}
+#: Those of a run that names none.
+DEFAULT = (BASE, LEASHED, SHUFFLED, CONSTANT, RANDOM, INSTRUCTION, BEST_OF)
 CHOICES = 4
 
 

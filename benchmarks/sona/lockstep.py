@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from sona.cells import Baseline, Cell
 from sona.controls import feedback_of
@@ -12,6 +13,7 @@ from sona.subject import Subject
 from sona.texts import uniforms
 
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients
@@ -48,8 +50,6 @@ class Fleet:
 
     def round(self) -> list[int]:
         """One feedback for each cell; returns the true scores."""
-        import numpy as np
-
         number = len(self._scores)
         asked = [own[number] for own in self._prompts]
         answers = self._sampler.sample(asked, np.stack([own[number] for own in self._luck]))
