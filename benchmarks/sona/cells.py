@@ -1,0 +1,51 @@
+"""`Cell`: one run of learning. All cells of a fleet learn in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sona.tasks import TASKS, Prompt, Task, prompts
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task under one arm; the seed gives its prompts, its luck and where its adapter starts."""
+
+    arm: str
+    task_name: str
+    seed: int
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.task_name]
+
+    def feedback_prompts(self, count: int) -> list[Prompt]:
+        return prompts("feedback", count, self.seed)
+
+    def held_out_prompts(self, count: int) -> list[Prompt]:
+        return prompts("held-out", count, self.seed)
+
+
+class Baseline:
+    """What is expected of each cell: the mean of its feedback so far, and of one that was 1/2 before any came."""
+
+    def __init__(self, cells: int) -> None:
+        self._sums, self._count = [0.5] * cells, 1
+
+    def advantages(self, qualities: Sequence[float]) -> list[float]:
+        """How much better each is than expected, which it then becomes part of."""
+        found = [quality - total / self._count for quality, total in zip(qualities, self._sums, strict=True)]
+        self._sums = [total + quality for quality, total in zip(qualities, self._sums, strict=True)]
+        self._count += 1
+        return found
+
+
+def random_direction(start: Tensor, end: Tensor, generator: torch.Generator) -> Tensor:
+    """As far from `start` as `end` is, factor by factor ``[G, …]``, but in a direction drawn blindly."""
+    drawn = torch.randn(start.shape, generator=generator).to(start.device)
+    shape = (len(start), *[1] * (start.dim() - 1))
+    wanted, found = ((end - start).flatten(1).norm(dim=1), drawn.flatten(1).norm(dim=1))
+    return start + drawn * (wanted / found).view(shape)

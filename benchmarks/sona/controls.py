@@ -1,0 +1,37 @@
+"""The arms: how learning is done, and what it is compared with."""
+
+from __future__ import annotations
+
+BASE, LEASHED, FREE, SHUFFLED, CONSTANT, RANDOM = "base", "leashed", "free", "shuffled", "constant", "random"
+FINAL, ORIGINAL, DEEP, INSTRUCTION, BEST_OF = "final", "original", "deep", "instruction", "best-of-4"
+
+#: What the table calls them, in its order.
+ARMS = {
+    BASE: "base model",
+    LEASHED: "whole network, rank 1, leash",
+    FREE: "the same without the leash",
+    SHUFFLED: "control: shuffled rewards",
+    CONSTANT: "control: constant reward",
+    RANDOM: "control: random direction, equal norm",
+    FINAL: "final site alone",
+    ORIGINAL: "control: the original's rule",
+    DEEP: "deep loop",
+    INSTRUCTION: "instruction in the prompt",
+    BEST_OF: "best of 4 answers",
+}
+#: Those of a run that names none.
+DEFAULT = (BASE, LEASHED, SHUFFLED, CONSTANT, RANDOM, INSTRUCTION, BEST_OF)
+CHOICES = 4
+
+
+def feedback_of(arm: str, score: int, before: int | None) -> float:
+    """What a cell is told about an answer of this score.
+
+    Shuffled, it is told the verdict on the answer before, which was to another prompt: the same verdicts, about
+    nothing. The first of them is told 1/2, the constant arm always 1.
+    """
+    if arm == CONSTANT:
+        return 1.0
+    if arm == SHUFFLED:
+        return 0.5 if before is None else float(before)
+    return float(score)

@@ -1,0 +1,89 @@
+"""`Fleet`: cells that learn in lockstep, each from its own prompts, its own answers and its own feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sona.cells import Baseline, Cell
+from sona.controls import feedback_of
+from sona.sampling import Sampler
+from sona.subject import Subject
+from sona.texts import uniforms
+
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.records import Example
+from ruvllm_sona.sites import start
+from ruvllm_sona.update import gradients
+
+TEMPERATURE = 0.8
+_FEEDBACK_LUCK = 1
+
+
+class Fleet:
+    """Whole-network adapters, one a cell, changed by the plugin's own loss and by one step of Adam a feedback.
+
+    Args:
+        shapes: sites of the adapters, ``(out, in)`` each.
+        config: the learner's settings, `ruvllm_sona.learner.LearnerConfig`.
+        feedback: how many each cell gets.
+        at_once: most cells in one backward pass.
+    """
+
+    def __init__(
+        self, subject: Subject, cells: Sequence[Cell], shapes: dict[str, tuple[int, int]], config: LearnerConfig,
+        feedback: int, max_tokens: int, at_once: int,
+    ) -> None:  # fmt: skip
+        self.subject, self.cells, self.config, self._at_once = subject, list(cells), config, at_once
+        device = subject.network.device
+        self.stack = AdapterStack.of([start(shapes, config.rank, cell.seed) for cell in cells], device).trainable()
+        self.begun = copied(self.stack)
+        self._prompts = [[subject.chat(one.text) for one in cell.feedback_prompts(feedback)] for cell in cells]
+        self._luck = [uniforms(feedback, max_tokens, _FEEDBACK_LUCK, cell.seed) for cell in cells]
+        room = max(len(prompt) for own in self._prompts for prompt in own) + max_tokens
+        self._sampler = Sampler(subject, len(cells), room, self.stack, TEMPERATURE, max_tokens)
+        self._adam = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
+        self._baseline = Baseline(len(cells))
+        self._scores: list[list[int]] = []
+
+    def round(self) -> list[int]:
+        """One feedback for each cell; returns the true scores."""
+        number = len(self._scores)
+        asked = [own[number] for own in self._prompts]
+        answers = self._sampler.sample(asked, np.stack([own[number] for own in self._luck]))
+        scores = [
+            cell.task.score(self.subject.text(answer)) for cell, answer in zip(self.cells, answers, strict=True)
+        ]
+        before = self._scores[-1] if self._scores else None
+        given = [
+            feedback_of(cell.arm, scores[n], before[n] if before else None) for n, cell in enumerate(self.cells)
+        ]
+        examples = [
+            Example(f"{n}", prompt, answer, quality, TEMPERATURE)
+            for n, (prompt, answer, quality) in enumerate(zip(asked, answers, given, strict=True))
+        ]
+        self._learn(examples, self._baseline.advantages(given))
+        self._scores.append(scores)
+        return scores
+
+    def _learn(self, examples: Sequence[Example], advantages: Sequence[float]) -> None:
+        self._adam.zero_grad()
+        for first in range(0, len(examples), self._at_once):
+            part = slice(first, first + self._at_once)
+            sites = {name: (a[part], b[part]) for name, (a, b) in self.stack.sites.items()}
+            rows = AdapterStack(sites, self.stack.scales)
+            work = gradients(self.subject.network, rows, examples[part], advantages[part], self.config.objective)
+            for _ in work:
+                pass
+        norms = torch._foreach_norm([factor.grad for factor in self.stack.parameters()])
+        if not bool(torch.isfinite(torch.stack(norms)).all()):
+            raise ArithmeticError("a gradient is not finite")
+        self._adam.step()
+
+
+def copied(stack: AdapterStack) -> AdapterStack:
+    """The same numbers, which nothing changes any more."""
+    sites = {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in stack.sites.items()}
+    return AdapterStack(sites, stack.scales)

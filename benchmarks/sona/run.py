@@ -1,0 +1,136 @@
+"""One run of the benchmark: every arm, one kind after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.sites import linear_sites
+from sona import asking, controls
+from sona.cells import Cell, random_direction
+from sona.lockstep import Fleet, copied
+from sona.measures import Elsewhere, HeldOut, Measured, held_out_luck, judged
+from sona.report import print_tables, summary
+from sona.subject import Subject
+from sona.texts import other_text, windows
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run; the names are those of the options."""
+
+    model: str
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: int
+    checkpoints: tuple[int, ...]
+    held_out: int
+    max_tokens: int
+    text: Path | None
+    windows: int
+    window: int
+    chats: int
+    device: str
+    dtype: str
+    at_once: int
+    train_at_once: int
+    learner: Mapping[str, float] = field(default_factory=dict)
+
+    def with_arm(self, arm: str) -> list[Cell]:
+        return [Cell(arm, task, seed) for task in self.tasks for seed in range(self.seeds)]
+
+    def cells(self, *arms: str) -> list[Cell]:
+        """Those of the arms that are to be run."""
+        return [cell for arm in arms if arm in self.arms for cell in self.with_arm(arm)]
+
+    def learner_config(self) -> LearnerConfig:
+        """The plugin's own settings, but for what was asked for."""
+        given = dict(self.learner)
+        config = LearnerConfig()
+        if (leash := given.pop("leash", None)) is not None:
+            config = replace(config, objective=replace(config.objective, leash=leash))
+        if (rank := given.pop("rank", None)) is not None:
+            config = replace(config, rank=int(rank))
+        return replace(config, **given)
+
+
+def run(plan: Plan, say: Say) -> dict[str, Any]:
+    """Run it, print the tables, return the report."""
+    subject = Subject.load(plan.model, plan.device, plan.dtype)
+    say(f"loaded {plan.model}, products in {subject.network.dtype}")
+    held_out = HeldOut(subject, plan.held_out, plan.max_tokens, plan.at_once)
+    base_texts = asking.base_texts(plan, held_out)
+    rows = asking.base(plan, base_texts)
+    say("base model answered")
+    if controls.INSTRUCTION in plan.arms:
+        rows += asking.instruction(plan, held_out)
+    if controls.BEST_OF in plan.arms:
+        rows += asking.best_of(plan, held_out, base_texts)
+    elsewhere = Elsewhere(
+        subject, windows(subject, other_text(plan.text), plan.windows, plan.window), plan.chats, plan.max_tokens
+    )
+    config, shapes = plan.learner_config(), linear_sites(subject.network.spec)
+    free = replace(config, objective=replace(config.objective, leash=0.0))
+    for arms, own in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
+        if cells := plan.cells(*arms):
+            fleet = Fleet(subject, cells, shapes, own, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+            rows += _learn(plan, fleet, held_out, elsewhere, say)
+    print_tables(rows)
+    return {
+        "benchmark": "sona",
+        "device": torch.cuda.get_device_name() if plan.device.startswith("cuda") else plan.device,
+        "dtype": str(subject.network.dtype).removeprefix("torch."),
+        "plan": {**asdict(plan), "text": plan.text.name if plan.text else "Python's language reference"},
+        "learner": asdict(config),
+        "summary": summary(rows),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, say: Say) -> list[Measured]:
+    rows = []
+    for number in range(1, plan.checkpoints[-1] + 1):
+        scores = fleet.round()
+        if number % 10 == 0:
+            say(f"{len(scores)} cells, feedback {number}: {sum(scores) / len(scores):.2f} of the answers were right")
+        if number in plan.checkpoints:
+            rows += measured(plan, fleet.cells, fleet.stack, number, held_out, elsewhere)
+            if controls.RANDOM in plan.arms and fleet.cells[0].arm == controls.LEASHED:
+                rows += _random(plan, fleet, number, held_out, elsewhere)
+            say(f"measured {len(fleet.cells)} cells after {number}")
+    return rows
+
+
+def _random(plan: Plan, fleet: Fleet, number: int, held_out: HeldOut, elsewhere: Elsewhere) -> list[Measured]:
+    """The leashed cells again, moved as far from where they began, blindly."""
+    cells = plan.cells(controls.RANDOM)
+    generator, now = torch.Generator().manual_seed(number), copied(fleet.stack)
+    sites = {}
+    for name, begun in fleet.begun.sites.items():
+        both = [
+            random_direction(was[: len(cells)], at[: len(cells)], generator)
+            for was, at in zip(begun, now.sites[name], strict=True)
+        ]
+        sites[name] = both[0], both[1]
+    return measured(plan, cells, AdapterStack(sites, now.scales), number, held_out, elsewhere)
+
+
+def measured(
+    plan: Plan, cells: Sequence[Cell], stack: AdapterStack, feedback: int, held_out: HeldOut, elsewhere: Elsewhere
+) -> list[Measured]:
+    """Everything about each cell, whose adapter is its row of `stack`."""
+    asked = [cell.held_out_prompts(plan.held_out) for cell in cells]
+    luck = [held_out_luck(cell.seed, plan.held_out, plan.max_tokens) for cell in cells]
+    texts = held_out.texts([[one.text for one in own] for own in asked], luck, stack)
+    return [
+        Measured(cell, feedback, *judged(cell, own, answers), *elsewhere.measure(stack, n))
+        for n, (cell, own, answers) in enumerate(zip(cells, asked, texts, strict=True))
+    ]
