@@ -61,7 +61,9 @@ class Fingerprint:
             values = None
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names) or not all(map(_is_text, values.values())):
-            raise LearningError(f"{where}: the fingerprint of its model cannot be read", hint="export the adapter again")
+            raise LearningError(
+                f"{where}: the fingerprint of its model cannot be read", hint="export the adapter again"
+            )
         return cls(**values)
 
     def text(self) -> str:
@@ -81,7 +83,7 @@ class Fingerprint:
                 hint="use the model it was made for; forcing it onto this one will most likely spoil the answers",
             )
         raise LearningError(
-            f"{what} was made for the same model in other weights: another quantization, or a fine-tuned or merged copy",
+            f"{what} was made for other weights of this model: another quantization, or a fine-tuned or merged copy",
             hint="force it if this is only another quantization; never onto a model that it has been merged into",
         )
 

@@ -41,11 +41,15 @@ _log = get_logger("sona.peft")
 
 #: Fields that say nothing of what the finished adapter computes, or that its tensors repeat.
 _HARMLESS = frozenset(
-    "task_type base_model_name_or_path revision inference_mode auto_mapping peft_version lora_dropout "
-    "layers_to_transform layers_pattern exclude_modules loftq_config eva_config runtime_config "
-    "qalora_group_size megatron_core megatron_config".split()
+    (
+        *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+        *("lora_dropout", "layers_to_transform", "layers_pattern", "exclude_modules", "runtime_config"),
+        *("loftq_config", "eva_config", "qalora_group_size", "megatron_core", "megatron_config"),
+    )
 )
-_UNDERSTOOD = frozenset("peft_type r lora_alpha rank_pattern alpha_pattern use_rslora target_modules".split())
+_UNDERSTOOD = frozenset(
+    ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
+)
 #: These start LoRA from the model's own weights and change those; true, false and the others here leave them alone.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _NAMED = {
@@ -134,7 +138,9 @@ def _check_fingerprint(path: Path, spec: ModelSpec, weights: Weights, force: boo
     with safe_open(path, framework="np") as file:
         text = (file.metadata() or {}).get(FINGERPRINT_KEY)
     if text is None:  # not written by us
-        _log.info("the adapter does not say for which weights it was made; shapes are all that is checked", path=str(path))
+        _log.info(
+            "the adapter does not say for which weights it was made; shapes are all that is checked", path=str(path)
+        )
         return
     try:
         Fingerprint.parse(text, str(path)).check(Fingerprint.of(spec, weights), str(path))
@@ -194,7 +200,7 @@ def _check_copy(path: Path, key: str, tensors: Safetensors, spec: ModelSpec, wei
 
 
 def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    if not _covers(config.get("target_modules"), module):
+    if not _covers(path, config.get("target_modules"), module):
         raise LearningError(f"{path}: 'target_modules' leaves out '{module}', but the weights have a delta for it")
     stated = _pattern(path, config, "rank_pattern", module, config.get("r"))
     alpha = _pattern(path, config, "alpha_pattern", module, config.get("lora_alpha"))
@@ -216,9 +222,9 @@ def _pattern(path: Path, config: Mapping[str, Any], field: str, module: str, oth
     return otherwise
 
 
-def _covers(targets: Any, module: str) -> bool:
+def _covers(path: Path, targets: Any, module: str) -> bool:
     if isinstance(targets, str):
-        return targets == "all-linear" or _matches(Path("target_modules"), targets, module)
+        return targets == "all-linear" or _matches(path, targets, module)
     return isinstance(targets, list) and any(module == one or module.endswith(f".{one}") for one in targets)
 
 
@@ -256,6 +262,6 @@ def _final(path: Path, delta: LowRank, head: QuantTensor) -> LowRank:
     size = float(np.linalg.norm(delta.b.astype(np.float64)))
     off = float(np.linalg.norm(through_head(head, b) - delta.b))
     if off > _HEAD_TOLERANCE * size:
-        what = f"{path}: the delta of '{HEAD}' cannot be had by changing hidden states: {off / size:.0%} of it is left over"
+        what = f"{path}: {off / size:.0%} of the delta of '{HEAD}' cannot be had by changing hidden states"
         raise LearningError(what, hint=f"train the adapter without '{HEAD}', or merge it into its model with PEFT")
     return LowRank(delta.a, b, delta.scale)
