@@ -305,7 +305,7 @@ def test_adapters_know_their_model(oracle: Any, sizes: Any, tmp_path: Path, mode
     deltas = random_deltas(model)
     folder = export(deltas, model, tmp_path / "adapter")
     wider = open_model(oracle(LlamaConfig(**{**sizes, "vocab_size": 97})).folder, oracle(LlamaConfig(**sizes)).registry)
-    with pytest.raises(LearningError, match="made for another model .*96 tokens.*97 tokens"):
+    with pytest.raises(LearningError, match=r"made for another model .*96 tokens.*97 tokens"):
         back(folder, wider)
     moved = ModelFile(model.path, model.spec, dict(model.weights), model.sources, 0)
     rng = np.random.default_rng(0)
