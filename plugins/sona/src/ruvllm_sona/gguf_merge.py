@@ -1,8 +1,10 @@
 """`merge_gguf`: a GGUF file with an adapter added to its weights, for engines that know no adapters.
 
-Only touched tensors are encoded anew. Rounding them again eats part of the change: deltas are small, and values that
-are already on the grid of a 4-bit scheme move only where the change exceeds half a step. `MergeReport` says how much
-was lost; a finer `scheme` keeps more, in a larger file. All metadata and all other tensors stay as they are.
+Only touched tensors are encoded anew, and rounding them eats part of the change: learned deltas are small, and a value
+on the grid of a 4-bit scheme moves only if its change exceeds half a step. Next to nothing may be left, which
+`MergeReport` tells and the log warns of. q8_0 or f16 keep the change, in a larger file. Another scheme of few bits is
+no help: its grid is another one, so all values of the tensor are rounded a second time, and not evenly.
+All metadata and all other tensors stay as they are.
 Source of the format: the GGUF specification (docs/gguf.md of the GGML project).
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.errors import LearningError, QuantizationError
+from ruvllm_core.log import get_logger
 from ruvllm_core.model.loader import open_gguf, open_model
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 from ruvllm_core.protocols import FloatArray, LowRank, Quantizer
@@ -27,7 +30,11 @@ from .peft_export import check_deltas
 from .peft_modules import pieces
 from .sites import Deltas
 
+_log = get_logger("sona.merge")
 _OUTPUT = "output.weight"
+# Shares of the change and of the weights; beyond these, a merged model no longer says what its adapter said.
+_LOST = 0.1
+_ERROR = 0.01
 
 
 _Encode = Callable[[FloatArray, str], QuantTensor]
@@ -38,12 +45,13 @@ class Change:
     """What rounding left of a change of weights: ΔW as asked for, ΔW′ as the file has it.
 
     Attributes:
-        asked, kept, off: sums over all weights of ΔW², ΔW·ΔW′ and (ΔW′ − ΔW)².
+        asked, kept, off, weights: sums over all weights of ΔW², ΔW·ΔW′, (ΔW′ − ΔW)² and W².
     """
 
     asked: float = 0.0
     kept: float = 0.0
     off: float = 0.0
+    weights: float = 0.0
 
     @property
     def size(self) -> float:
@@ -52,7 +60,7 @@ class Change:
 
     @property
     def lost(self) -> float:
-        """The share of ΔW that rounding ate, ``1 − ⟨ΔW′, ΔW⟩ / ‖ΔW‖²``: 0 is none of it, 1 all."""
+        """The share of ΔW that rounding ate, ``1 − ⟨ΔW′, ΔW⟩ / ‖ΔW‖²``: 1 is all of it, below 0 too much is left."""
         return 1.0 - self.kept / self.asked if self.asked else 0.0
 
     @property
@@ -60,8 +68,14 @@ class Change:
         """Rounding error as a multiple of the change, ``‖ΔW′ − ΔW‖ / ‖ΔW‖``."""
         return math.sqrt(self.off / self.asked) if self.asked else 0.0
 
-    def add(self, asked: FloatArray, got: FloatArray) -> None:
-        """Count some rows of ΔW and ΔW′."""
+    @property
+    def error(self) -> float:
+        """Rounding error as a share of the weights, ``‖ΔW′ − ΔW‖ / ‖W‖``."""
+        return math.sqrt(self.off / self.weights) if self.weights else 0.0
+
+    def add(self, old: FloatArray, asked: FloatArray, got: FloatArray) -> None:
+        """Count some rows of W, ΔW and ΔW′."""
+        self.weights += float(np.square(old, dtype=np.float64).sum())
         self.asked += float(np.square(asked, dtype=np.float64).sum())
         self.kept += float(np.multiply(asked, got, dtype=np.float64).sum())
         self.off += float(np.square(got - asked, dtype=np.float64).sum())
@@ -98,7 +112,7 @@ class MergeReport:
     def change(self) -> Change:
         """All changes together."""
         changes = [tensor.change for tensor in self.touched]
-        sums = (sum(getattr(change, name) for change in changes) for name in ("asked", "kept", "off"))
+        sums = (sum(getattr(change, name) for change in changes) for name in ("asked", "kept", "off", "weights"))
         return Change(*sums)
 
     @property
@@ -110,7 +124,7 @@ class MergeReport:
         schemes = ", ".join(sorted({tensor.after for tensor in self.touched}))
         return (
             f"{len(self.touched)} tensors changed, stored as {schemes}: rounding ate {self.lost:.1%} of the change and "
-            f"added an error of {self.change.noise:.2f} times its size"
+            f"added an error of {self.change.noise:.2f} times its size, {self.change.error:.2%} of the weights"
         )
 
 
@@ -179,7 +193,11 @@ def merge_gguf(
             lambda merged=merged, before=before, changes=changes: _merge(merged, before, changes, encoders),  # type: ignore[misc]
         )
     size = write_copy(file, destination, changed, progress)
-    return MergeReport(tuple(touched), size)
+    report = MergeReport(tuple(touched), size)
+    if abs(report.lost) > _LOST or report.change.error > _ERROR:
+        hint = "choose a finer scheme for the changed tensors, such as q8_0 or f16"
+        _log.warning("the merged model may not say what its adapter says", report=str(report), hint=hint)
+    return report
 
 
 def _merge(
@@ -196,7 +214,7 @@ def _merge(
                     b = old.astype(np.float64) @ part.delta.b.astype(np.float64)
                 exact[first - start : last - start] += part.delta.scale * (b @ part.delta.a.astype(np.float64))
         new = encoders[merged.after](exact.astype(np.float32), merged.name)
-        merged.change.add((exact - old).astype(np.float32), new.dequantize() - old)
+        merged.change.add(old, (exact - old).astype(np.float32), new.dequantize() - old)
         yield new
 
 
