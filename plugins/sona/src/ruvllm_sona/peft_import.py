@@ -252,13 +252,17 @@ def _split(spec: ModelSpec, module: Module, delta: LowRank) -> dict[str, LowRank
 
 def _final(path: Path, delta: LowRank, head: QuantTensor) -> LowRank:
     """The ``final`` delta that does what `delta` does to the output projection W: the B for which W·B is its B."""
-    gram = np.zeros((head.columns, head.columns))
-    seen = np.zeros((head.columns, len(delta.a)))
-    for start, stop in pieces(head):
-        w = head.rows(start, stop).dequantize().astype(np.float64)
+    # Every row of W is one equation for B; a few times as many as there are unknowns are enough, and all are checked.
+    step = max(head.num_rows // (4 * head.columns), 1)
+    data = np.ascontiguousarray(head.data[::step])
+    some, wanted = QuantTensor(head.scheme, (len(data), head.columns), data), delta.b[::step].astype(np.float64)
+    gram, seen = np.zeros((head.columns, head.columns)), np.zeros((head.columns, len(delta.a)))
+    for start, stop in pieces(some):
+        w = some.rows(start, stop).dequantize().astype(np.float64)
         gram += w.T @ w
-        seen += w.T @ delta.b[start:stop]
-    b = np.linalg.lstsq(gram, seen, rcond=None)[0].astype(np.float32)
+        seen += w.T @ wanted[start:stop]
+    gram += 1e-12 * np.trace(gram) / len(gram) * np.eye(len(gram))  # a direction that W ignores gets nothing
+    b = np.linalg.solve(gram, seen).astype(np.float32)
     size = float(np.linalg.norm(delta.b.astype(np.float64)))
     off = float(np.linalg.norm(through_head(head, b) - delta.b))
     if off > _HEAD_TOLERANCE * size:
