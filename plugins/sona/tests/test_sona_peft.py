@@ -172,7 +172,7 @@ def test_what_peft_wrote(oracle: Any, sizes: Any, tmp_path: Path, family: str, r
 
 
 def test_peft_keeps_the_input_side_of_a_tied_embedding(oracle: Any, sizes: Any, tmp_path: Path) -> None:
-    """What PEFT 0.21 does: the delta stays beside the shared matrix until it is merged, which spoils the input side."""
+    """PEFT keeps the delta beside the shared matrix; only merging it there spoils the input side."""
     made = oracle(LlamaConfig(**sizes, tie_word_embeddings=True))
     model = open_model(made.folder, made.registry)
     deltas = {"final": random_deltas(model)["final"]}
@@ -190,6 +190,17 @@ def test_peft_keeps_the_input_side_of_a_tied_embedding(oracle: Any, sizes: Any, 
         with pytest.warns(UserWarning, match="tie_word_embeddings"):
             merged = tuned.merge_and_unload()
         assert np.abs(merged(tokens).logits[0].numpy() - expected).max() > 0.05 * np.abs(expected).max()
+        # Untied first, as PEFT's warning advises, merging is exact.
+        base = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32, tie_word_embeddings=False)
+        base.lm_head.weight.data = base.model.embed_tokens.weight.data.clone()
+        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+        assert_same(merged(tokens).logits[0].numpy(), expected)
+    # Tied adapters are something else, so the configuration has to say that these are none.
+    assert json.loads((folder / CONFIG).read_text())["ensure_weight_tying"] is False
+    edit_config(folder, ensure_weight_tying=True)
+    assert np.abs(theirs(made, folder) - expected).max() > 0.05 * np.abs(expected).max()
+    with pytest.raises(LearningError, match="'ensure_weight_tying' is True, which is not supported"):
+        back(folder, model)
     # With another embedding in it, the file is no longer an adapter of this model.
     name = next(name for name in resaved if "lora" not in name)
     save_file({**resaved, name: resaved[name] + 1.0}, tmp_path / "resaved" / WEIGHTS)
