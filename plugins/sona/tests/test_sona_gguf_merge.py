@@ -193,7 +193,7 @@ def test_what_rounding_eats(tiny: Any, registry: Registry, tmp_path: Path, capsy
     assert found[0.2, "q4_1"].noise > 3 * found[0.2, "q8_0"].noise > 9 * found[0.2, "f16"].noise
     assert found[0.2, "q4_1"].lost < 0.2
     assert found[0.002, "q4_1"].lost > 0.8
-    assert abs(found[0.002, "q8_0"].lost) < 0.05
+    assert abs(found[0.002, "q8_0"].lost) < 0.1
     # Weights that were on the grid of one scheme are not on that of another, however small the change.
     assert found[0.002, "q8_0"].noise > 1.0 > found[0.002, "f16"].noise
     assert (Change().lost, Change().noise) == (0.0, 0.0)
