@@ -72,6 +72,7 @@ def feedback(example: Example, trace: tuple[FloatArray, FloatArray] | None = Non
 
 
 def open_log(path: Path) -> BinaryIO:
+    """Open for reading. Raises `LearningError` if that cannot be."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -79,11 +80,13 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def read_span(file: BinaryIO, start: int, stop: int) -> bytes:
+    """Bytes of a file from `start` up to `stop`, or up to its end."""
     file.seek(start)
     return file.read(stop - start)
 
 
 def frame(sequence: int, payload: bytes) -> bytes:
+    """The bytes of one frame."""
     return _FRAME.pack(_MARKER, len(payload), _crc(sequence, payload), sequence) + payload
 
 
@@ -150,6 +153,7 @@ def _fields(file: BinaryIO, span: Span, path: Path) -> tuple[dict[str, npt.NDArr
 
 
 def decode(file: BinaryIO, span: Span, path: Path) -> Record:
+    """The record in a frame. Raises `LearningError` if it is one of a kind not known here."""
     tensors, values = _fields(file, span, path)
     try:
         kind = values["kind"]
