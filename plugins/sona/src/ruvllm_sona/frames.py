@@ -26,8 +26,9 @@ from ruvllm_sona.records import Example
 
 Kind = Literal["feedback", "published", "forget", "rollback"]
 
-# Neither UTF-8 text nor token ids below 2**24 can hold these four bytes, so nobody can say them to the engine in the
+# Neither UTF-8 text nor token ids below _TOKENS can hold these four bytes, so nobody can say them to the engine in the
 # hope that a damaged log is taken up again inside his words.
+_TOKENS = 2**24
 _MARKER = b"\xff\xfeRV"
 _FRAME = struct.Struct("<4sIIQ")
 _LARGEST = 2**30
@@ -240,9 +241,9 @@ def _ids(name: str, ids: tuple[int, ...]) -> npt.NDArray[np.int32]:
     try:
         found = np.frombuffer(array("i", ids), np.int32)
     except (OverflowError, TypeError) as error:
-        raise _senseless(f"{name}: {error}", "token ids are whole numbers below 2**31") from None
-    if len(found) and found.min() < 0:
-        raise _senseless(f"{name}: token {found.min()}", "token ids are not negative")
+        raise _senseless(f"{name}: {error}", "token ids are whole numbers") from None
+    if len(found) and not (found.min() >= 0 and found.max() < _TOKENS):
+        raise _senseless(f"{name}: tokens {found.min()} to {found.max()}", f"token ids are from 0 to {_TOKENS - 1}")
     return found
 
 

@@ -1,0 +1,198 @@
+"""``kill -9`` at any moment: nothing torn, nothing lost that was acknowledged.
+
+This file is run as a program, too: it forks one warm writer after another, kills each, and looks at what is left. The
+writer does all that a learning user's folder sees and says on a pipe what it was told is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ruvllm_core.protocols import LowRank
+from ruvllm_sona.audit import Anchor, Audit
+from ruvllm_sona.files import FolderLock, load_tensors, save_tensors
+from ruvllm_sona.frames import Record, feedback
+from ruvllm_sona.ledger import Ledger, Limits
+from ruvllm_sona.log import Log
+from ruvllm_sona.records import Example
+from ruvllm_sona.versions import Versions
+
+LIMITS = Limits(1e9, 1e9, 1e9, 10**9)
+NOW = 1e9
+Say = Callable[[str, int], None]
+
+
+def example(sequence: int) -> Example:
+    ids = tuple(range(sequence, sequence + 50 + sequence % 50))
+    return Example(f"req-{sequence}", ids, ids[::3], sequence % 11 / 10, time=float(sequence))
+
+
+def trace(sequence: int) -> tuple[Any, Any]:
+    return np.full((2, 576), sequence, np.float32), np.full((576, 2), -sequence, np.float32)
+
+
+def deltas(number: int) -> dict[str, LowRank]:
+    random_state = np.random.default_rng(number)
+    shapes = {f"layers.{n}.mlp.down": (300, 200) for n in range(6)}
+    return {
+        site: LowRank(
+            random_state.normal(size=(1, columns)).astype("f"), random_state.normal(size=(rows, 1)).astype("f"), number
+        )
+        for site, (rows, columns) in shapes.items()
+    }
+
+
+def learn(folder: Path, say: Say, rounds: int, rng: random.Random) -> None:
+    """What happens in a user's folder, in small; `say` is what somebody was told is done."""
+    with (
+        FolderLock(folder),
+        Log(folder / "log.bin", flush_s=0.002) as log,
+        Audit(folder / "audit.jsonl") as audit,
+        Ledger(folder / "ledger.bin", LIMITS) as ledger,
+    ):
+        versions = Versions(folder / "versions", keep=4)
+        for _ in range(rounds):
+            for _ in range(rng.randint(1, 6)):
+                assert ledger.feedback(NOW) is None
+                assert ledger.allow(1.0, NOW) is None
+                say("spent", round(ledger.spent(NOW).hour))
+                n = log.last + 1
+                assert log.append(feedback(example(n), trace(n))) == n
+                say("logged", n)
+                say("audited", audit.append("feedback", actor="test", request_id=f"req-{n}").entry)
+            number = versions.publish(deltas(versions.kept()[-1].number + 1 if versions.kept() else 1), {"covers": n})
+            say("published", number)
+            log.append(Record("published", 1.0, version=number, covers=n))
+            say("logged", n + 1)
+            audit.append("publish", actor="test", after=str(number), measured={"nats": 0.1})
+            anchor = audit.anchor()
+            save_tensors(folder / "state.safetensors", {"n": np.array(n)}, {"anchor": str(anchor)})
+            say("saved", n)
+            if rng.random() < 0.3:
+                versions.rollback(rng.choice(versions.kept()).number)
+            if rng.random() < 0.3:
+                victim = rng.randint(1, n)
+                log.rewrite(lambda record, victim=victim: record.sequence == victim)  # type: ignore[misc]
+                say("forgotten", victim)
+
+
+def check(folder: Path, told: dict[str, set[int]]) -> dict[str, int]:
+    """That a killed writer's folder holds all it said; how often it had to be repaired."""
+    with FolderLock(folder):
+        assert not list(folder.rglob("*.part"))
+        with Log(folder / "log.bin") as log:
+            assert all(damage.torn for damage in log.damage)
+            found = {record.sequence: record for record in log.records()}
+            for sequence, record in found.items():
+                if record.example is not None:
+                    assert record.example == Example(**{**vars(example(sequence)), "sequence": sequence})
+                    assert record.trace is not None
+                    for got, expected in zip(record.trace, trace(sequence), strict=True):
+                        np.testing.assert_array_equal(got, expected)
+            missing = told["logged"] - told["forgotten"] - found.keys()
+            # One record may have been forgotten without the time left to say so.
+            assert len(missing) <= 1 and not (missing and max(told["logged"]) in missing and len(found) == 0), missing
+            assert not told["forgotten"] & found.keys()
+            assert log.last >= max(told["logged"], default=0)
+            torn = len(log.damage)
+        told["forgotten"] |= missing
+        versions = Versions(folder / "versions", keep=4)
+        kept = versions.kept()
+        assert max((version.number for version in kept), default=0) >= max(told["published"], default=0)
+        for version in kept:
+            for site, delta in deltas(version.number).items():
+                got = versions.load(version.number)[site]
+                np.testing.assert_array_equal(got.a, delta.a)
+                np.testing.assert_array_equal(got.b, delta.b)
+                assert got.scale == delta.scale
+        assert versions.current == 0 or any(version.current for version in kept)
+        anchor = None
+        state = folder / "state.safetensors"
+        if told["saved"] or state.exists():
+            tensors, metadata = load_tensors(state)
+            assert int(tensors["n"]) >= max(told["saved"], default=0)
+            anchor = Anchor.parse(metadata["anchor"])
+        with Audit(folder / "audit.jsonl") as audit:
+            report = audit.verify(anchor)
+            assert report.ok, report
+            assert audit.head.entry >= max(told["audited"], default=0)
+            repaired = audit.repaired
+        with Ledger(folder / "ledger.bin", LIMITS) as ledger:
+            assert ledger.spent(NOW).hour >= max(told["spent"], default=0)
+    return {"torn_logs": torn, "torn_audits": int(repaired > 0), "records": len(found)}
+
+
+KINDS = ("spent", "logged", "audited", "published", "saved", "forgotten")
+
+
+def murder(folder: Path, told: dict[str, set[int]], delay: float | None, body: Callable[[Say], None]) -> bool:
+    """Fork a writer, note what it says, kill it after `delay` seconds (or wait for its own end); whether it was killed."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(out)
+        status = 1
+        try:
+            body(lambda kind, n: os.write(into, f"{kind} {n}\n".encode()) and None)
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(into)
+    said, end = b"", time.monotonic() + (60 if delay is None else delay)
+    while (left := end - time.monotonic()) > 0:
+        if select.select([out], [], [], left)[0]:
+            if not (piece := os.read(out, 65536)):
+                break
+            said += piece
+    os.kill(child, signal.SIGKILL)
+    while piece := os.read(out, 65536):
+        said += piece
+    os.close(out)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the writer failed by itself"
+    for line in said.decode().splitlines():
+        kind, n = line.split()
+        told[kind].add(int(n))
+    return os.WIFSIGNALED(status)
+
+
+def random_moments(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill a writer that never ends after 1 to 50 ms, again and again in the same folder, which is new now and then."""
+    rng = random.Random(seed)
+    total = {"kills": 0, "torn_logs": 0, "torn_audits": 0, "told": 0, "unsaid": 0}
+    began = time.monotonic()
+    for n in range(kills):
+        home = folder / str(n // 20)
+        if n % 20 == 0:
+            told: dict[str, set[int]] = {kind: set() for kind in KINDS}
+        before = sum(map(len, told.values()))
+        child_seed = rng.random()
+        killed = murder(
+            home,
+            told,
+            rng.uniform(0.001, 0.05),
+            lambda say, home=home, seed=child_seed: learn(home, say, 10**9, random.Random(seed)),  # type: ignore[misc]
+        )
+        left = check(home, told) if home.exists() else {"torn_logs": 0, "torn_audits": 0}
+        total["kills"] += killed
+        total["torn_logs"] += left["torn_logs"]
+        total["torn_audits"] += left["torn_audits"]
+        total["told"] += sum(map(len, told.values())) - before
+    return {**total, "seconds": round(time.monotonic() - began, 1)}
