@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from hypothesis import strategies as st
 from ruvllm_core.errors import LearningError
 from ruvllm_sona.audit import Audit, read_audit, verify_audit
 from ruvllm_sona.chain import Anchor
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of files are written here, and none has to outlive the machine."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 def write(path: Path, count: int = 4) -> Anchor:

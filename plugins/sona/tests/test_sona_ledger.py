@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from hypothesis import strategies as st
 
 from ruvllm_core.errors import LearningError
 from ruvllm_sona.ledger import Ledger, Limits
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of files are written here, and none has to outlive the machine."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
 
 LIMITS = Limits(nats_per_hour=10.0, nats_per_day=40.0, feedback_per_minute=6.0, burst=3)
 NOW = 1.7e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from hypothesis.extra import numpy as arrays
 from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import LowRank
 from ruvllm_sona.versions import Versions
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of files are written here, and none has to outlive the machine."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
