@@ -10,6 +10,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ KINDS = ("spent", "logged", "audited", "published", "saved", "forgetting", "forg
 def murder(folder: Path, told: dict[str, set[int]], delay: float | None, body: Callable[[Say], None]) -> bool:
     """Fork a writer, note what it says, kill it; whether it was killed.
 
-    It is killed `delay` seconds after its start, or if that is negative, so long after its first word; None lets it end.
+    That is `delay` seconds after its start, or if negative, so long after its first word; None lets it end.
     """
     write = os.write
     out, into = os.pipe()
@@ -207,12 +208,14 @@ def random_moments(folder: Path, kills: int, seed: int) -> dict[str, Any]:
 def every_step(folder: Path) -> dict[str, Any]:
     """Kill a writer at its first step that changes the disk, at its second, and so on; a write is left half done."""
     began, step, torn_logs, torn_audits = time.monotonic(), 0, 0, 0
+    history: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    murder(folder / "history", history, None, lambda say: learn(folder / "history", say, 2, random.Random(1)))
     killed = True
     while killed:
         step += 1
         home = folder / str(step)
-        told: dict[str, set[int]] = {kind: set() for kind in KINDS}
-        murder(home, told, None, lambda say, home=home: learn(home, say, 1, random.Random(1)))  # type: ignore[misc]
+        shutil.copytree(folder / "history", home)
+        told = {kind: set(numbers) for kind, numbers in history.items()}
 
         def body(say: Say, home: Path = home, step: int = step) -> None:
             left = step
