@@ -112,11 +112,12 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_equals_finite_differences(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Answer(3, **settings)
+    answer = Answer(5, **settings)
     expected_a = finite_difference(lambda a: answer.logprob(a, answer.b), answer.a)
     expected_b = finite_difference(lambda b: answer.logprob(answer.a, b), answer.b)
-    for held in (1 << 23, 5 * WIDTH):  # all rows of W at once, and five at a time
+    for held, products in ((1 << 23, 1 << 18), (1 << 23, 1), (0, 1)):  # one block of W, many, many that are not kept
         monkeypatch.setattr(module, "_HELD_VALUES", held)
+        monkeypatch.setattr(module, "_BLOCK_PRODUCTS", products)
         found = answer.trace()
         assert found.exact and found.tokens == TOKENS and found.a.dtype == np.float64
         assert np.linalg.norm(found.a - expected_a) <= 1e-8 * np.linalg.norm(expected_a)
@@ -126,8 +127,9 @@ def test_equals_finite_differences(settings: dict[str, Any], monkeypatch: pytest
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_curvature_is_that_of_the_divergence(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     answer = Answer(4, **settings)
-    for held in (1 << 23, 5 * WIDTH):
+    for held, products in ((1 << 23, 1 << 18), (1 << 23, 1), (0, 1)):
         monkeypatch.setattr(module, "_HELD_VALUES", held)
+        monkeypatch.setattr(module, "_BLOCK_PRODUCTS", products)
         found = answer.trace()
         step = 1e-3 / found.curvature**0.5
         there = answer.divergence(answer.a + step * found.a, answer.b + step * found.b)

@@ -28,8 +28,11 @@ from ruvllm_core.protocols import FloatArray, LowRank
 Array = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
-#: Rows of the output projection that are held as floats at a time: 32 MiB of them.
+#: Values of the output projection that are kept between two passes over it: 32 MiB. More are decoded twice.
 _HELD_VALUES = 1 << 23
+#: Multiplications in one product: few enough for a core's cache, and for BLAS libraries to leave it to one thread.
+#: Spread over cores that others use, such thin products wait far longer than they compute.
+_BLOCK_PRODUCTS = 1 << 18
 #: What a support may lack of 1 and still be called whole.
 _WHOLE = 1e-9
 
@@ -196,21 +199,25 @@ class _Support:
         self.pull = ((ids == drawn[self.token]) - self.share) * self.slope
 
     def blocks(self) -> Iterator[tuple[slice, Ints, Array]]:
-        """Entries as a slice, the row of the block that each is about, and the block of W; an only one is kept."""
+        """Block after block: its entries, the row of the block that each is about, and the block of W."""
         if self._kept:
             yield from self._kept
             return
-        step = max(_HELD_VALUES // self.hidden.shape[1], 1)
+        rank, width = self.a.shape
+        step = max(_BLOCK_PRODUCTS // (rank * width), 16)
+        keep = len(self.ids) * width <= _HELD_VALUES
+        kept = []
         for start in range(0, len(self.ids), step):
-            starts = self._starts[start : start + step]
-            last = start + step >= len(self.ids)
-            stop = self._stop if last else int(self._starts[start + step])
-            entries = slice(int(starts[0]), stop)
+            starts = self._starts[start : start + step + 1]
+            stop = int(starts[step]) if len(starts) > step else self._stop
+            starts = starts[:step]
             rows = np.repeat(np.arange(len(starts)), np.diff(starts, append=stop))
             weights = self.head.rows(self.ids[start : start + step]).astype(self.hidden.dtype, copy=False)
-            if start == 0 and last:
-                self._kept = [(entries, rows, weights)]
-            yield entries, rows, weights
+            block = slice(int(starts[0]), stop), rows, weights
+            if keep:
+                kept.append(block)
+            yield block
+        self._kept = kept
 
     def trace(self, version: str) -> Trace:
         """One pass over the rows of W for the gradient, one for the curvature along it."""
