@@ -139,36 +139,52 @@ def prox(deltas: Deltas, anchor: Anchor, strength: float, sweeps: int = 1) -> di
 
 def prox_site(delta: LowRank, target: LowRank, u: Vector, v: Vector, strength: float, sweeps: int = 1) -> LowRank:
     """`prox` of one site, unchecked."""
-    start_a: Array = delta.a.astype(np.float64)
-    start_b: Array = delta.b.astype(np.float64)
+    # Long rows throughout, [r, n]: NumPy is slow on arrays that are two wide. Both scales go into the targets, so that
+    # B A is held to B* A*.
+    start_a, start_b = delta.a, delta.b.T.copy()
+    held_a, held_b = target.a, target.b.T * start_b.dtype.type(target.scale)
     a, b = start_a, start_b
-    # With both scales in the targets, the problem is that of B A against B* A*.
-    held_a, held_b = target.a.astype(np.float64), target.b * np.float64(target.scale)
     for _ in range(sweeps):
-        b = _solve(start_b, a, held_b, held_a, strength * u, v, delta.scale)
-        a = _solve(start_a.T, b.T, held_a.T, held_b.T, strength * v, u, delta.scale).T
-    return LowRank(a.astype(delta.a.dtype, order="C"), b.astype(delta.b.dtype, order="C"), delta.scale)
+        b = _solve(start_b, a, held_b, held_a, u, v, delta.scale, strength)
+        a = _solve(start_a, b, held_a, held_b, v, u, delta.scale, strength)
+    columns = np.empty_like(delta.b, order="C")
+    for column, values in zip(columns.T, b, strict=True):  # far faster than to copy the transpose
+        column[:] = values
+    return LowRank(a, columns, delta.scale)
 
 
-def _solve(start: Array, fixed: Array, left: Array, right: Array, rows: Vector, columns: Vector, scale: float) -> Array:
-    """Each row x of ``[n, r]`` with the least ``½|x − x⁰|² + ½ rows_i Σ_j columns_j (s·x·fixed − left_i·right)_j²``.
+def _solve(
+    start: Array, fixed: Array, left: Array, right: Array, rows: Vector, columns: Vector, scale: float, strength: float
+) -> Array:
+    """Columns x, ``[r, n]``, of the least ``½|x − x⁰|² + ½ k rows_i Σ_j columns_j (s·x·fixed − left_i·right)_j²``.
 
-    The matrices of all rows have the same eigenvectors, so one small decomposition solves them all.
+    The matrices of all columns have the same eigenvectors, so one small decomposition solves them all: along each of
+    those, x goes from x⁰ the part ``kuσ/(1 + kuσ)`` of the way to where the anchor would have it. Small matrices are in
+    float64, and what is long in the type of the factors.
     """
-    weighted = fixed * (columns * scale)
-    cross = right @ weighted.T  # [r*, r]
-    if len(fixed) == 1:
-        pull = scale * float(weighted[0] @ fixed[0])
-        if pull <= 0.0:
-            return start
-        alone: Array = (start + rows[:, None] * (left @ cross)) / (1.0 + rows * pull)[:, None]
-        return alone
-    values, vectors = np.linalg.eigh(scale * (weighted @ fixed.T))
-    real = values > _ROUNDING * max(values[-1], 0.0)
-    pulled = left @ ((cross @ vectors) * real)
-    weight = rows[:, None]
-    found: Array = ((start @ vectors + weight * pulled) / (1.0 + weight * (values * real))) @ vectors.T
+    dtype = start.dtype
+    wide = fixed.astype(np.float64)
+    weighted = wide * columns
+    values, vectors = _eigen(scale * scale * (weighted @ wide.T))
+    real = values > max(_ROUNDING * values[-1], 0.0)
+    cross = scale * (weighted @ right.astype(np.float64).T)
+    anchored = (vectors.T @ cross) / np.where(real, values, np.inf)[:, None]  # [r, r*]
+    # Beyond 1e30 nothing changes but the danger of an overflow.
+    most = 1e30 / max(float(rows.max()), 1e-300)
+    stiffness = np.minimum(strength * np.where(real, values, 0.0), most)
+    part = stiffness.astype(dtype)[:, None] * rows.astype(dtype)
+    part /= 1 + part
+    turn = vectors.astype(dtype)
+    part *= anchored.astype(dtype) @ left - turn.T @ start
+    found: Array = start + turn @ part
     return found
+
+
+def _eigen(symmetric: Array) -> tuple[Array, Array]:
+    if len(symmetric) == 1:
+        return symmetric[0], np.ones((1, 1))
+    values, vectors = np.linalg.eigh(symmetric)
+    return values, vectors
 
 
 def _each(deltas: Deltas, anchor: Anchor) -> list[tuple[str, LowRank, tuple[Vector, Vector]]]:
