@@ -338,18 +338,25 @@ class MicroLoRA:
             found = json.loads(metadata["config"])
             config = MicroLoRAConfig(**{field.name: found[field.name] for field in fields(MicroLoRAConfig)})
             versions, current, number = json.loads(metadata["versions"]), metadata["current"], int(metadata["number"])
-            a, b, baselines = arrays["a"], arrays["b"], arrays["baseline"].tolist()
+            a, b, baselines = arrays["a"], arrays["b"], arrays["baseline"]
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise LearningError(f"a saved MicroLoRA lacks or has a wrong {error}") from error
         count, rank, width = len(versions), config.rank, config.hidden_dim
-        expected = ((count, rank, width), (count, width, rank), count)
-        if (a.shape, b.shape, len(baselines)) != expected or a.dtype != np.float32 or b.dtype != np.float32:
-            raise LearningError(f"factors {a.dtype} {a.shape} and {b.shape} are not those of {count} saved versions")
+        for values, shape, dtype in (
+            (a, (count, rank, width), np.float32),
+            (b, (count, width, rank), np.float32),
+            (baselines, (count,), np.float64),
+        ):
+            if values.shape != shape or values.dtype != dtype or not np.isfinite(values).all():
+                raise LearningError(
+                    f"an array of a saved MicroLoRA is {values.dtype} {values.shape}",
+                    hint=f"{count} versions need finite {np.dtype(dtype)} {shape}",
+                )
         if current not in versions:
             raise LearningError(f"the current version {current!r} is not among those saved")
         made = cls(config, name)
         made._number = number
-        each = zip(versions, a, b, baselines, strict=True)
+        each = zip(versions, a, b, baselines.tolist(), strict=True)
         made._kept = {v: _State(LowRank(a.copy(), b.copy(), config.scale), v, base) for v, a, b, base in each}
         made._state = made._kept[current]
         return made
@@ -382,7 +389,7 @@ class MicroLoRA:
         self._updates += 1
         state = _State(LowRank(new_a, new_b, old.scale), f"{self._name}.{self._number}", baseline)
         kept = {**self._kept, state.version: state}
-        for version in list(kept)[: len(kept) - config.keep]:
+        for version in list(kept)[: max(len(kept) - config.keep, 0)]:
             del kept[version]
         self._kept, self._state = kept, state
         return Step(True, state.version, nats=nats if limit is not None else None)
