@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,29 @@ class Fisher:
 
 
 @dataclass(frozen=True, eq=False)
+class Side:
+    """One factor of what is held, as long rows ``[r, n]``: NumPy is slow on arrays that are two wide.
+
+    Attributes:
+        wide, long: the factor in float64, and in its own type.
+        weights: its half of the Fisher information, float64 ``[n]``.
+        most, shares: the largest weight, and all of them divided by it, in the factor's own type.
+    """
+
+    wide: Array
+    long: Array
+    weights: Vector
+    most: float
+    shares: Array
+
+    @classmethod
+    def of(cls, factor: Array, weights: Vector) -> Side:
+        long, most = np.ascontiguousarray(factor), float(weights.max())
+        shares = (weights / most if most > 0.0 else weights).astype(long.dtype)
+        return cls(long.astype(np.float64), long, weights, most, shares)
+
+
+@dataclass(frozen=True, eq=False)
 class Anchor:
     """What must not be forgotten: deltas as they were, and how much each of their numbers matters.
 
@@ -100,6 +124,16 @@ class Anchor:
             if site not in self.deltas:
                 raise LearningError(f"there is Fisher information of {site}, but no delta")
             _check(site, self.deltas[site], u, v)
+
+    @cached_property
+    def holds(self) -> dict[str, tuple[Side, Side]]:
+        """What `prox_site` needs of each site with Fisher information, worked out once."""
+        found = {}
+        for site, (u, v) in self.fisher.sites.items():
+            target = self.deltas[site]
+            # Both scales go into the targets, so that B A is held to B* A*.
+            found[site] = Side.of(target.a, v), Side.of(target.b.T * target.b.dtype.type(target.scale), u)
+        return found
 
     def consolidated(self, deltas: Deltas, fisher: Fisher) -> Anchor:
         """The anchor after another task: at where the deltas are now, with all Fisher information so far."""
@@ -132,52 +166,47 @@ def prox(deltas: Deltas, anchor: Anchor, strength: float, sweeps: int = 1) -> di
         raise LearningError(f"the strength of a proximal step is {strength}, but must be finite and not negative")
     found = dict(deltas)
     if strength:
-        for site, target, (u, v) in _each(deltas, anchor):
-            found[site] = prox_site(deltas[site], target, u, v, strength, sweeps)
+        for site, _, _ in _each(deltas, anchor):
+            found[site] = prox_site(deltas[site], anchor.holds[site], strength, sweeps)
     return found
 
 
-def prox_site(delta: LowRank, target: LowRank, u: Vector, v: Vector, strength: float, sweeps: int = 1) -> LowRank:
-    """`prox` of one site, unchecked."""
-    # Long rows throughout, [r, n]: NumPy is slow on arrays that are two wide. Both scales go into the targets, so that
-    # B A is held to B* A*.
+def prox_site(delta: LowRank, hold: tuple[Side, Side], strength: float, sweeps: int = 1) -> LowRank:
+    """`prox` of one site, unchecked; `hold` is one of `Anchor.holds`."""
+    hold_a, hold_b = hold
     start_a, start_b = delta.a, delta.b.T.copy()
-    held_a, held_b = target.a, target.b.T * start_b.dtype.type(target.scale)
     a, b = start_a, start_b
     for _ in range(sweeps):
-        b = _solve(start_b, a, held_b, held_a, u, v, delta.scale, strength)
-        a = _solve(start_a, b, held_a, held_b, v, u, delta.scale, strength)
+        b = _solve(start_b, a, hold_b, hold_a, delta.scale, strength)
+        a = _solve(start_a, b, hold_a, hold_b, delta.scale, strength)
     columns = np.empty_like(delta.b, order="C")
-    for column, values in zip(columns.T, b, strict=True):  # far faster than to copy the transpose
-        column[:] = values
+    for index, row in enumerate(b):  # far faster than to copy the transpose
+        columns[:, index] = row
     return LowRank(a, columns, delta.scale)
 
 
-def _solve(
-    start: Array, fixed: Array, left: Array, right: Array, rows: Vector, columns: Vector, scale: float, strength: float
-) -> Array:
-    """Columns x, ``[r, n]``, of the least ``½|x − x⁰|² + ½ k rows_i Σ_j columns_j (s·x·fixed − left_i·right)_j²``.
+def _solve(start: Array, fixed: Array, mine: Side, other: Side, scale: float, strength: float) -> Array:
+    """The factor x of the least ``½‖x − x⁰‖² + ½ strength Σ F_ij (s·xᵀ·fixed − mineᵀ·other)_ij²``, all ``[r, n]``.
 
     The matrices of all columns have the same eigenvectors, so one small decomposition solves them all: along each of
-    those, x goes from x⁰ the part ``kuσ/(1 + kuσ)`` of the way to where the anchor would have it. Small matrices are in
+    those, x goes from x⁰ the part ``kσ/(1 + kσ)`` of the way to where the anchor would have it. Small matrices are in
     float64, and what is long in the type of the factors.
     """
-    dtype = start.dtype
     wide = fixed.astype(np.float64)
-    weighted = wide * columns
+    weighted = wide * other.weights
     values, vectors = _eigen(scale * scale * (weighted @ wide.T))
-    real = values > max(_ROUNDING * values[-1], 0.0)
-    cross = scale * (weighted @ right.astype(np.float64).T)
+    real = values > max(_ROUNDING * float(values[-1]), 0.0)
+    cross = scale * (weighted @ other.wide.T)
     anchored = (vectors.T @ cross) / np.where(real, values, np.inf)[:, None]  # [r, r*]
     # Beyond 1e30 nothing changes but the danger of an overflow.
-    most = 1e30 / max(float(rows.max()), 1e-300)
-    stiffness = np.minimum(strength * np.where(real, values, 0.0), most)
-    part = stiffness.astype(dtype)[:, None] * rows.astype(dtype)
+    firmness = np.minimum(strength * mine.most * np.where(real, values, 0.0), 1e30)
+    dtype = start.dtype
+    part = firmness.astype(dtype)[:, None] * mine.shares
     part /= 1 + part
     turn = vectors.astype(dtype)
-    part *= anchored.astype(dtype) @ left - turn.T @ start
+    part *= anchored.astype(dtype) @ mine.long - turn.T @ start
     found: Array = start + turn @ part
-    return found
+    return found.astype(dtype, copy=False)
 
 
 def _eigen(symmetric: Array) -> tuple[Array, Array]:

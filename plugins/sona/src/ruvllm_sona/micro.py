@@ -236,7 +236,9 @@ class MicroLoRA:
             if trace.curvature > 0.0:
                 farthest = min(farthest, math.sqrt(2.0 * limit / trace.curvature))
             rate = math.copysign(min(abs(rate), farthest), rate)
-            return self._move(trace.a, trace.b, rate, limit, config.learning_rate, self._next_baseline(state, quality))
+            return self._move(
+                trace.a, trace.b, size, rate, limit, config.learning_rate, self._next_baseline(state, quality)
+            )
 
     def adapt(
         self, input_embedding: FloatArray, feedback: AdaptFeedback, gradient: FloatArray | None = None
@@ -297,7 +299,7 @@ class MicroLoRA:
             limit = self.config.trust_nats if known else None
             if limit is not None:
                 step = min(step, limit / size)
-            return self._move(a, b, step, limit, rate, baseline)
+            return self._move(a, b, size, step, limit, rate, baseline)
 
     def rollback(self, version: str) -> None:
         """Put a kept version back in force, bit for bit. Raises `LearningError` for another."""
@@ -361,29 +363,30 @@ class MicroLoRA:
         made._state = made._kept[current]
         return made
 
-    def _move(self, a: Array, b: Array, rate: float, limit: float | None, pull: float, baseline: float) -> Step:
-        """θ + rate·(a, b), drawn to the anchor, then shortened to `limit` nats and capped; published if all is well."""
+    def _move(
+        self, a: Array, b: Array, size: float, rate: float, limit: float | None, pull: float, baseline: float
+    ) -> Step:
+        """θ + rate·(a, b), of squared length `size`, drawn to the anchor within `limit` nats, capped, and published."""
         config, old = self.config, self._state.delta
         new_a: FloatArray = old.a + np.float32(rate) * a
         new_b: FloatArray = old.b + np.float32(rate) * b
+        nats = rate * size
         if (anchor := self._anchor) is not None and config.ewc_lambda > 0.0:
             near = LowRank(new_a, new_b, old.scale)
-            held = prox_site(
-                near, anchor.deltas[FINAL_SITE], *anchor.fisher.sites[FINAL_SITE], pull * config.ewc_lambda
-            )
+            held = prox_site(near, anchor.holds[FINAL_SITE], pull * config.ewc_lambda)
             new_a, new_b = held.a, held.b
-        nats = _along(a, b, old, new_a, new_b)
-        if limit is not None and abs(nats) > limit:
-            part = np.float32(limit / abs(nats))
-            new_a, new_b = old.a + part * (new_a - old.a), old.b + part * (new_b - old.b)
-            nats = math.copysign(limit, nats)
+            nats = _along(a, b, old, new_a, new_b)
+            if limit is not None and abs(nats) > limit:
+                part = np.float32(limit / abs(nats))
+                new_a, new_b = old.a + part * (new_a - old.a), old.b + part * (new_b - old.b)
+                nats = math.copysign(limit, nats)
         norm = _norm(new_a, new_b, old.scale)
         if not math.isfinite(norm + nats):
             return self._refuse("the step is not finite")
         if norm > config.max_norm:
             new_b = new_b * np.float32(config.max_norm / norm)
             nats = _along(a, b, old, new_a, new_b)
-        if np.array_equal(new_a, old.a) and np.array_equal(new_b, old.b):
+        if np.array_equal(new_b, old.b) and np.array_equal(new_a, old.a):
             return self._refuse("the step is too small to change a number")
         self._number += 1
         self._updates += 1
@@ -420,10 +423,14 @@ def _saturated(x: float) -> float:
 
 def _norm(a: Array, b: Array, scale: float) -> float:
     """Frobenius norm of ``s·B·A``, through the factors' Gram matrices."""
-    turned = b.T.copy()
-    # A loop of its own: BLAS is slow on products this thin.
-    grams = (np.einsum("ic,jc->ij", each, each).astype(np.float64) for each in (a, turned))
-    return scale * math.sqrt(max(float(np.vdot(next(grams), next(grams))), 0.0))
+    # Single dot products: BLAS is slow on matrices this thin.
+    columns = list(b.T)
+    total = sum(
+        float(np.dot(x, y) * np.dot(p, q))
+        for x, p in zip(a, columns, strict=True)
+        for y, q in zip(a, columns, strict=True)
+    )
+    return scale * math.sqrt(max(total, 0.0))
 
 
 def _along(a: Array, b: Array, old: LowRank, new_a: Array, new_b: Array) -> float:
