@@ -330,7 +330,14 @@ def test_what_makes_no_sense() -> None:
     for quality in (-0.1, 1.1, np.nan):
         with pytest.raises(LearningError, match="quality"):
             AdaptFeedback.from_quality(quality)
-    for field, value in (("rank", 3), ("learning_rate", 0.0), ("max_norm", np.nan), ("keep", 0), ("baseline", 2.0)):
+    for field, value in (
+        ("rank", 3),
+        ("rank", 1.5),
+        ("learning_rate", 0.0),
+        ("max_norm", np.nan),
+        ("keep", 0),
+        ("baseline", 2.0),
+    ):
         with pytest.raises(ConfigError, match=field):
             config(**{field: value})
     assert MicroLoRAConfig.for_hidden_dim(4096).rank == 2
