@@ -151,9 +151,10 @@ def gradients(
     """
     support = _Support(hidden, output_ids, drawn_from, temperature, delta, head, repetition_penalty, prompt_ids)
     found = np.zeros_like(support.hidden)
-    for entries, rows, weights in support.blocks():
+    for ids, weights in support.blocks():
+        entries = support.entries(ids)
         dense = np.zeros((len(found), len(weights)), found.dtype)
-        dense[support.token[entries], rows] = support.pull[entries]
+        dense[support.token[entries], support.row[entries] - ids.start] = support.pull[entries]
         found += dense @ weights
     return found
 
@@ -191,15 +192,16 @@ class _Support:
         order = np.argsort(ids, kind="stable")
         self.token, ids, self.share = token[order], ids[order], share[order]
         first = np.flatnonzero(np.diff(ids, prepend=-1))
-        self.ids, self._starts, self._stop = ids[first], first, len(ids)
+        self.ids, self._starts = ids[first], np.append(first, len(ids))
+        self.row = np.repeat(np.arange(len(first)), np.diff(self._starts))
         self.slope = np.full(len(ids), 1.0 / temperature)
-        self._kept: list[tuple[slice, Ints, Array]] = []
+        self._kept: list[tuple[slice, Array]] = []
         if head.softcap is not None or repetition_penalty != 1.0:
             self._bend(ids, drawn, repetition_penalty, prompt_ids)
         self.pull = ((ids == drawn[self.token]) - self.share) * self.slope
 
-    def blocks(self) -> Iterator[tuple[slice, Ints, Array]]:
-        """Block after block: its entries, the row of the block that each is about, and the block of W."""
+    def blocks(self) -> Iterator[tuple[slice, Array]]:
+        """W block after block, ``[k, C]``, and which of `ids` its rows are of."""
         if self._kept:
             yield from self._kept
             return
@@ -208,56 +210,50 @@ class _Support:
         keep = len(self.ids) * width <= _HELD_VALUES
         kept = []
         for start in range(0, len(self.ids), step):
-            starts = self._starts[start : start + step + 1]
-            stop = int(starts[step]) if len(starts) > step else self._stop
-            starts = starts[:step]
-            rows = np.repeat(np.arange(len(starts)), np.diff(starts, append=stop))
-            weights = self.head.rows(self.ids[start : start + step]).astype(self.hidden.dtype, copy=False)
-            block = slice(int(starts[0]), stop), rows, weights
+            ids = slice(start, min(start + step, len(self.ids)))
+            block = ids, self.head.rows(self.ids[ids]).astype(self.hidden.dtype, copy=False)
             if keep:
                 kept.append(block)
             yield block
         self._kept = kept
 
+    def entries(self, ids: slice) -> slice:
+        """The pairs that are about some of `ids`."""
+        return slice(int(self._starts[ids.start]), int(self._starts[ids.stop]))
+
     def trace(self, version: str) -> Trace:
         """One pass over the rows of W for the gradient, one for the curvature along it."""
         dtype, (rank, width), count = self.hidden.dtype, self.a.shape, len(self.hidden)
-        inner = self.hidden @ self.a.T  # A h, [n, r]
+        inner = (self.a @ self.hidden.T).astype(np.float64)  # A h, [r, n]
+        pulled = _spread(self.row, self.pull, inner, self.token, len(self.ids)).T.astype(dtype)
         grad_b = np.zeros((width, rank), dtype)
-        back = np.zeros((count, rank))  # Bᵀ g of each token
-        along_b = np.empty((len(self.ids), rank))  # W B
-        at = 0
-        for entries, rows, weights in self.blocks():
-            token, pull = self.token[entries], self.pull[entries]
-            found = along_b[at : at + len(weights)] = weights @ self.b
-            at += len(weights)
-            grad_b += weights.T @ _gather(rows, pull, inner[token], len(weights)).astype(dtype)
-            back += _gather(token, pull, found[rows], count)
+        along = np.empty((len(self.ids), rank), dtype)  # W B
+        for ids, weights in self.blocks():
+            along[ids] = weights @ self.b
+            grad_b += weights.T @ pulled[ids]
         grad_b *= self.scale
-        grad_a = self.scale * (back.astype(dtype).T @ self.hidden)
-        curvature = self._curvature(grad_b, inner, along_b, self.hidden @ grad_a.T)
-        return Trace(grad_a, grad_b, count, version, curvature, self.exact)
-
-    def _curvature(self, grad_b: Array, inner: Array, along_b: npt.NDArray[np.float64], turned: Array) -> float:
-        """Σ of the variances, under what was drawn from, of the logits' derivatives along the gradient."""
-        count, at = len(self.hidden), 0
-        mean, square = np.zeros(count), 0.0
-        for entries, rows, weights in self.blocks():
-            token, share = self.token[entries], self.share[entries]
-            change = ((weights @ grad_b)[rows] * inner[token]).sum(1, dtype=np.float64)
-            change += (along_b[at : at + len(weights)][rows] * turned[token]).sum(1)
-            change *= self.scale * self.slope[entries]
-            at += len(weights)
-            mean += np.bincount(token, share * change, count)
-            square += float(share @ change**2)
-        return max(square - float(mean @ mean), 0.0)
+        projected = along.T.astype(np.float64)
+        back = _spread(self.token, self.pull, projected, self.row, count)  # Bᵀ g of each token
+        grad_a = self.scale * (back.astype(dtype) @ self.hidden)
+        for ids, weights in self.blocks():
+            along[ids] = weights @ grad_b
+        turned = (grad_a @ self.hidden.T).astype(np.float64)
+        # How fast each logit changes along the gradient; the divergence curves as their variance does.
+        pairs = ((along.T.astype(np.float64), inner), (projected, turned))
+        change = sum(left[k][self.row] * right[k][self.token] for left, right in pairs for k in range(rank))
+        change = change * self.slope * self.scale
+        mean = np.bincount(self.token, self.share * change, count)
+        curvature = float(self.share @ change**2) - float(mean @ mean)
+        return Trace(grad_a, grad_b, count, version, max(curvature, 0.0), self.exact)
 
     def _bend(self, ids: Ints, drawn: Ints, penalty: float, prompt_ids: Sequence[int]) -> None:
         """Multiply slopes by the derivatives of the soft cap and of the repetition penalty (CTRL, arXiv 1909.05858)."""
         logits = np.empty(len(ids))
         adapted = self.hidden + self.scale * ((self.hidden @ self.a.T) @ self.b.T)
-        for entries, rows, weights in self.blocks():
-            logits[entries] = np.einsum("ec,ec->e", adapted[self.token[entries]], weights[rows])
+        for rows, weights in self.blocks():
+            entries = self.entries(rows)
+            states = adapted[self.token[entries]]
+            logits[entries] = np.einsum("ec,ec->e", states, weights[self.row[entries] - rows.start])
         if (cap := self.head.softcap) is not None:
             logits = cap * np.tanh(logits / cap)
             self.slope *= 1.0 - (logits / cap) ** 2
@@ -270,6 +266,8 @@ class _Support:
             self.slope *= np.where(seen, np.where(logits > 0, 1.0 / penalty, penalty), 1.0)
 
 
-def _gather(index: Ints, weight: npt.NDArray[np.float64], vectors: Array, size: int) -> npt.NDArray[np.float64]:
-    """Σ of ``weight_e · vectors_e`` over the entries of each index, ``[size, r]``, in float64."""
-    return np.stack([np.bincount(index, weight * column, size) for column in vectors.T], axis=1)
+def _spread(
+    index: Ints, weight: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], of: Ints, size: int
+) -> npt.NDArray[np.float64]:
+    """Σ of ``weight_e · vectors[:, of_e]`` over the entries e of each index, ``[r, size]``."""
+    return np.stack([np.bincount(index, weight * row[of], size) for row in vectors])
