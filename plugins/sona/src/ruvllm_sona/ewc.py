@@ -7,6 +7,7 @@ nothing here is ever as large as ΔW.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,8 @@ from ruvllm_sona.sites import Deltas
 Array = npt.NDArray[np.floating[Any]]
 Vector = npt.NDArray[np.float64]
 
-#: Directions of a factor this much shorter than its longest, squared, are rounding: they change no ΔW.
-_ROUNDING = 1e-12
+#: By type: directions of a factor this much shorter than its longest, squared, are rounding and next to nothing of ΔW.
+_ROUNDING = {"f": 1e-6, "d": 1e-13}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +91,18 @@ class Side:
     """One factor of what is held, as long rows ``[r, n]``: NumPy is slow on arrays that are two wide.
 
     Attributes:
-        wide, long: the factor in float64, and in its own type.
-        weights: its half of the Fisher information, float64 ``[n]``.
-        most, shares: the largest weight, and all of them divided by it, in the factor's own type.
+        factor: ``[r, n]``.
+        most, scaled: the largest number of its half of the Fisher information, and all of them ``[n]`` divided by it.
     """
 
-    wide: Array
-    long: Array
-    weights: Vector
+    factor: Array
     most: float
-    shares: Array
+    scaled: Array
 
     @classmethod
     def of(cls, factor: Array, weights: Vector) -> Side:
-        long, most = np.ascontiguousarray(factor), float(weights.max())
-        shares = (weights / most if most > 0.0 else weights).astype(long.dtype)
-        return cls(long.astype(np.float64), long, weights, most, shares)
+        held, most = np.ascontiguousarray(factor), float(weights.max())
+        return cls(held, most, (weights / most if most > 0.0 else weights).astype(held.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,31 +186,37 @@ def _solve(start: Array, fixed: Array, mine: Side, other: Side, scale: float, st
     """The factor x of the least ``½‖x − x⁰‖² + ½ strength Σ F_ij (s·xᵀ·fixed − mineᵀ·other)_ij²``, all ``[r, n]``.
 
     The matrices of all columns have the same eigenvectors, so one small decomposition solves them all: along each of
-    those, x goes from x⁰ the part ``kσ/(1 + kσ)`` of the way to where the anchor would have it. Small matrices are in
-    float64, and what is long in the type of the factors.
+    those, x goes from x⁰ the part ``kσ/(1 + kσ)`` of the way to where the anchor would have it.
     """
-    wide = fixed.astype(np.float64)
-    weighted = wide * other.weights
-    values, vectors = _eigen(scale * scale * (weighted @ wide.T))
-    real = values > max(_ROUNDING * float(values[-1]), 0.0)
-    cross = scale * (weighted @ other.wide.T)
-    anchored = (vectors.T @ cross) / np.where(real, values, np.inf)[:, None]  # [r, r*]
-    # Beyond 1e30 nothing changes but the danger of an overflow.
-    firmness = np.minimum(strength * mine.most * np.where(real, values, 0.0), 1e30)
     dtype = start.dtype
-    part = firmness.astype(dtype)[:, None] * mine.shares
+    weighted = fixed * other.scaled
+    values, vectors = _eigen(scale * scale * (weighted @ fixed.T))
+    least = _ROUNDING[dtype.char] * values[-1]
+    # Beyond 1e30 nothing changes but the danger of an overflow.
+    firm = [min(strength * mine.most * other.most * value, 1e30) if value > least else 0.0 for value in values]
+    inverse = [scale / value if value > least else 0.0 for value in values]
+    turn = np.array(vectors, dtype)
+    anchored = np.array(inverse, dtype)[:, None] * (turn @ (weighted @ other.factor.T))  # [r, r*]
+    part = np.array(firm, dtype)[:, None] * mine.scaled
     part /= 1 + part
-    turn = vectors.astype(dtype)
-    part *= anchored.astype(dtype) @ mine.long - turn.T @ start
-    found: Array = start + turn @ part
+    part *= anchored @ mine.factor - turn @ start
+    found: Array = start + turn.T @ part
     return found.astype(dtype, copy=False)
 
 
-def _eigen(symmetric: Array) -> tuple[Array, Array]:
-    if len(symmetric) == 1:
-        return symmetric[0], np.ones((1, 1))
+def _eigen(symmetric: Array) -> tuple[list[float], list[list[float]]]:
+    """Eigenvalues, rising, and eigenvectors in rows; for two, by hand, as the library takes longer to be called."""
+    rows = symmetric.tolist()
+    if len(rows) == 1:
+        return rows[0], [[1.0]]
+    if len(rows) == 2:
+        (first, mixed), (_, second) = rows
+        mean, half = 0.5 * (first + second), 0.5 * (first - second)
+        distance, angle = math.hypot(half, mixed), 0.5 * math.atan2(mixed, half)
+        cosine, sine = math.cos(angle), math.sin(angle)
+        return [mean - distance, mean + distance], [[-sine, cosine], [cosine, sine]]
     values, vectors = np.linalg.eigh(symmetric)
-    return values, vectors
+    return values.tolist(), vectors.T.tolist()
 
 
 def _each(deltas: Deltas, anchor: Anchor) -> list[tuple[str, LowRank, tuple[Vector, Vector]]]:
