@@ -160,7 +160,7 @@ def gradients(
 
 
 class _Support:
-    """All pairs (token of the answer, id it could have been), by falling id, and rows of W block after block."""
+    """All pairs (token of the answer, id it could have been), by rising id, and rows of W block after block."""
 
     def __init__(
         self, hidden: Array, output_ids: Sequence[int], drawn_from: Sequence[Distribution], temperature: float,
@@ -191,7 +191,7 @@ class _Support:
             share = np.concatenate([share, np.zeros(len(absent))])
         order = np.argsort(ids, kind="stable")
         self.token, ids, self.share = token[order], ids[order], share[order]
-        first = np.flatnonzero(np.diff(ids, prepend=-1))
+        first = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
         self.ids, self._starts = ids[first], np.append(first, len(ids))
         self.row = np.repeat(np.arange(len(first)), np.diff(self._starts))
         self.slope = np.full(len(ids), 1.0 / temperature)
