@@ -43,7 +43,7 @@ def kmeans(vectors: Vectors, k: int, rng: np.random.Generator, rounds: int = 12)
     labels, inertia = np.full(len(vectors), -1), list[float]()
     for _ in range(rounds):
         sums, before, total = np.zeros_like(centroids), labels.copy(), 0.0
-        for part in _parts(vectors):
+        for part in parts_of(vectors):
             rows = np.asarray(vectors[part], np.float32)
             cosines = rows @ centroids.T
             labels[part] = cosines.argmax(axis=1)
@@ -69,7 +69,7 @@ def seeds(vectors: Vectors, k: int, rng: np.random.Generator) -> Generator[None,
     distances = np.full(len(vectors), np.inf)
     while len(chosen) < k:
         last = np.asarray(vectors[chosen[-1]], np.float64)
-        for part in _parts(vectors):
+        for part in parts_of(vectors):
             away = np.square(np.asarray(vectors[part], np.float64) - last).sum(axis=1)
             distances[part] = np.minimum(distances[part], away)
             yield
@@ -87,6 +87,6 @@ def unit(vectors: FloatArray, otherwise: FloatArray | None = None) -> FloatArray
     return np.asarray(np.where(norms > 0, vectors / np.where(norms > 0, norms, 1), kept), np.float32)
 
 
-def _parts(vectors: Vectors) -> Iterator[slice]:
+def parts_of(vectors: Vectors) -> Iterator[slice]:
     step = max(_SLICE_VALUES // vectors.shape[1], 1)
     return (slice(start, start + step) for start in range(0, len(vectors), step))

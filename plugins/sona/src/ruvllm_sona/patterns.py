@@ -20,11 +20,13 @@ import numpy.typing as npt
 
 from ruvllm_core.errors import ConfigError, LearningError
 from ruvllm_core.protocols import FloatArray
+from ruvllm_sona.contradiction import find_worse
 from ruvllm_sona.kmeans import kmeans, unit
 from ruvllm_sona.recent import Recent, Snapshot
 
 SHARED = 0  # id of the pattern that covers everything
 _EXEMPLARS = 4
+_LOOK_AGAIN = 1.25  # times as much feedback: each look takes from the error rate
 _PRIOR = 0.5  # baseline before any feedback, worth one feedback
 
 
@@ -85,7 +87,7 @@ class Pattern:
         fisher: where its Fisher information is kept; empty is nowhere.
         count: feedbacks so far.
         baseline: running mean of their quality; `surprise` is measured from it.
-        looks: how often its feedback was searched for a contradiction.
+        looks, looked_at: how often its feedback was searched for a contradiction, and its count at the last time.
         exemplars: the latest request ids and their prompts' tokens.
     """
 
@@ -96,6 +98,7 @@ class Pattern:
     count: int = 0
     baseline: float = _PRIOR
     looks: int = 0
+    looked_at: int = 0
     exemplars: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
@@ -236,28 +239,25 @@ class PatternBank:
         config, n = self.config, len(seen.states)
         if config.specialise == "never" or len(self.patterns) >= config.max_patterns or n < 2 * config.min_feedback:
             return None
-        always, parts = config.specialise == "always", list[npt.NDArray[np.bool_]]()
-        # Coarse and fine: a wish may be about either.
-        sizes = [self._topics(n)] if always else [k for k in (2, 4, 8, 16) if k * config.min_feedback <= n]
-        for k in sizes:
-            found = yield from kmeans(seen.states, k, rng)
-            parts += [found.labels == one for one in range(len(found.sums))]
-        parts = [part for part in parts if config.min_feedback <= part.sum() <= n - config.min_feedback]
-        if not parts:
+        if config.specialise == "always":
+            found = yield from kmeans(seen.states, max(2, self._topics(n)), rng)
+            parts = [found.labels == one for one in range(len(found.sums))]
+            parts = [part for part in parts if config.min_feedback <= part.sum() <= n - config.min_feedback]
+            largest = max(parts, key=lambda part: int(part.sum()), default=None)
+            return None if largest is None else (largest, f"{largest.sum()} feedbacks on one topic")
+        if pattern.count < _LOOK_AGAIN * pattern.looked_at:
             return None
-        if always:
-            largest = max(parts, key=lambda part: int(part.sum()))
-            return largest, f"{largest.sum()} feedbacks on one topic"
-        pattern.looks += 1
-        # Parts are made without a look at quality, so chance is a draw without replacement. All looks together err with
-        # probability error_rate at most: the shares 1 / (j (j + 1)) of look j add up to 1.
-        allowed = config.error_rate / (pattern.looks * (pattern.looks + 1)) / len(parts)
-        chance, part = min(((chance_of_gap(seen.surprise, part), i) for i, part in enumerate(parts)))
-        chosen = parts[part]
-        gap = float(seen.quality[~chosen].mean() - seen.quality[chosen].mean())
-        if chance > allowed or gap < config.min_gap:
+        pattern.looks, pattern.looked_at = pattern.looks + 1, pattern.count
+        # All looks together err with a probability of error_rate at most: the shares 1 / (j (j + 1)) add up to 1.
+        allowed = config.error_rate / (pattern.looks * (pattern.looks + 1))
+        worse = yield from find_worse(seen.states, seen.surprise, config.min_feedback, rng)
+        if worse is None or worse.chance > allowed:
             return None
-        return chosen, f"{chosen.sum()} of {n} feedbacks are worse than the rest by {gap:.2f}, by chance p ≤ {chance:.1e}"
+        gap = float(seen.quality[~worse.part].mean() - seen.quality[worse.part].mean())
+        if gap < config.min_gap:
+            return None
+        count, chance = int(worse.part.sum()), worse.chance
+        return worse.part, f"{count} of {n} feedbacks are worse than the rest by {gap:.2f}, by chance p ≤ {chance:.1e}"
 
     def _split(self, pattern: Pattern, seen: Snapshot, part: npt.NDArray[np.bool_], reason: str) -> Change:
         child = Pattern(self._next, pattern.id, pattern.version, pattern.fisher, int(part.sum()))
@@ -313,15 +313,3 @@ class PatternBank:
         self._next, self._epoch, self._since = next_id, epoch, since
         self._set_topics(sums, owners)
 
-
-def chance_of_gap(values: npt.NDArray[np.floating], part: npt.NDArray[np.bool_]) -> float:
-    """A bound on the probability that a part, drawn at random from `values`, has a mean as far below that of all.
-
-    Hoeffding's inequality for draws without replacement (Serfling 1974), with the range of the values themselves: it
-    holds for any values and any number of them.
-    """
-    total, count = len(values), int(part.sum())
-    spread, gap = float(np.ptp(values)), float(values.mean() - values[part].mean())
-    if gap <= 0.0 or spread == 0.0:
-        return 1.0
-    return math.exp(-2.0 * count * (gap / spread) ** 2 / (1.0 - (count - 1) / total))

@@ -29,8 +29,8 @@ class Pooler:
     A token weighs a / (a + p), smooth inverse frequency (Arora et al., "A simple but tough-to-beat baseline for
     sentence embeddings", 2017). Its frequency p comes from Zipf's law, because ids of a byte-pair vocabulary are
     ordered by frequency. So the same prompt has the same state for ever: counting tokens of real prompts is no better
-    and would move states under the centroids that were made of them. The mean and the first principal direction of
-    the embedding are taken away, as that paper and Mu & Viswanath (arXiv 1702.01417) do.
+    and would move states under the centroids that were made of them. Embeddings lose their mean and first principal
+    direction before, as in Mu & Viswanath (arXiv 1702.01417), and then their length.
 
     Only what the user wrote counts: what follows an opening of a user's turn, up to the next control token. Where a
     prompt has no such opening, because it is raw text or the model has no template, it is all but control tokens.
@@ -44,7 +44,7 @@ class Pooler:
         if len(embed.shape) != 2:
             raise LearningError(f"prompts are routed by token embeddings, a matrix; this one has shape {embed.shape}")
         self._embed, self._tokenizer = embed, tokenizer
-        vocab, columns = embed.shape
+        vocab = embed.shape[0]
         frequency = 1.0 / (np.arange(vocab) + _ZIPF_OFFSET)
         frequency /= frequency.sum()
         self._weights = (_SMOOTHING / (_SMOOTHING + frequency)).astype(np.float32)
@@ -64,8 +64,10 @@ class Pooler:
         if not len(words):
             return np.zeros(len(self._mean), np.float32)
         weights = weights * self._weights[words]
-        total = weights @ self._rows(words) - weights.sum() * self._mean
-        total -= (self._common @ total) * self._common
+        rows = self._rows(words) - self._mean
+        rows -= np.outer(rows @ self._common, self._common)
+        norms = np.sqrt(np.einsum("nc,nc->n", rows, rows))
+        total = (weights / np.where(norms > 0, norms, 1)) @ rows
         norm = np.sqrt(total @ total)
         return np.asarray(total / norm if norm > 0 else total, np.float32)
 
