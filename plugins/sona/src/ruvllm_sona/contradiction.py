@@ -1,4 +1,4 @@
-"""Whether feedback depends on what a prompt is about: the part of the prompts where it is worse, and how sure that is."""
+"""Whether feedback depends on what a prompt is about: where it is worse, and how sure that is."""
 
 from __future__ import annotations
 
@@ -94,5 +94,12 @@ def chance_of_gap(values: FloatArray, part: Flags) -> float:
     """
     low = values < values.mean()
     total, bad, count = len(values), int(low.sum()), int(part.sum())
-    ways = (math.comb(bad, hit) * math.comb(total - bad, count - hit) for hit in range(int(low[part].sum()), count + 1))
-    return sum(ways) / math.comb(total, count)
+    least, most = max(int(low[part].sum()), count - (total - bad)), min(count, bad)
+    every = _log_ways(total, count)
+    logs = [_log_ways(bad, hit) + _log_ways(total - bad, count - hit) - every for hit in range(least, most + 1)]
+    return min(sum(map(math.exp, logs)), 1.0)
+
+
+def _log_ways(n: int, k: int) -> float:
+    """Logarithm of n choose k; the numbers themselves have hundreds of digits."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -300,7 +300,7 @@ class PatternBank:
             for values in meta["patterns"]:
                 exemplars = [(name, tuple(tokens)) for name, tokens in values["exemplars"]]
                 patterns[values["id"]] = Pattern(**{**values, "exemplars": exemplars})
-            merged = {gone: kept for gone, kept in meta["merged"]}
+            merged = dict(meta["merged"])
             next_id, epoch, since = meta["next"], meta["epoch"], meta["since"]
             sums, owners = np.array(arrays["topic_sums"]), np.array(arrays["topic_owners"])
             recent = Recent.restored(arrays, self._sums.shape[1], self.config.capacity)
@@ -312,4 +312,3 @@ class PatternBank:
         self.patterns, self._merged, self._recent, self._life = patterns, merged, recent, object()
         self._next, self._epoch, self._since = next_id, epoch, since
         self._set_topics(sums, owners)
-

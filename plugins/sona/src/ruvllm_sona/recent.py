@@ -110,7 +110,7 @@ class Recent:
         for name, values in given.items():
             shape = (rows, size) if name == "states" else (rows,)
             if values.shape != shape or values.dtype != _FIELDS[name]:
-                raise ValueError(f"{name} are {values.dtype} {values.shape} instead of {_FIELDS[name].__name__} {shape}")
+                raise ValueError(f"{name} are {values.dtype} {values.shape}, not {_FIELDS[name].__name__} {shape}")
         self._written = min(rows, capacity)
         self._arrays = {name: values[rows - self._written :] for name, values in given.items()}
         self._arrays["serials"] = np.arange(self._written)
