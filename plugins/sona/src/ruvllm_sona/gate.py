@@ -6,11 +6,12 @@ It is compared with the base model, never with the version before it: many small
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ruvllm_core.errors import ConfigError, LearningError
 from ruvllm_core.protocols import FloatArray, LowRank
@@ -18,6 +19,7 @@ from ruvllm_sona.records import Example
 from ruvllm_sona.sites import Deltas
 
 Tokens = Sequence[int]
+_LEAST = 4  # good and bad answers each, for an effect to be more than luck
 RESCUE = (1.0, 0.5, 0.25)  # scales of a candidate, the largest that passes wins
 
 
@@ -115,6 +117,9 @@ class Verdict:
     def record(self) -> dict[str, Any]:
         """For an audit log: what JSON can hold."""
         known = {name: value for name, value in asdict(self.figures).items() if value is not None}
+        for name, value in known.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                known[name] = str(value)
         return {"passed": self.passed, "reasons": list(self.reasons), "scale": self.scale, "figures": known}
 
 
@@ -144,7 +149,7 @@ class Gate:
 
     @property
     def baseline(self) -> tuple[FloatArray, ...] | None:
-        """Log-probabilities of the anchors without an adapter, float32 ``[n - 1]`` each; None before the first check."""
+        """Log-probabilities of the anchors by the base model, float32 ``[n - 1]`` each; None before the first check."""
         return None if self._baseline is None else tuple(self._baseline)
 
     def check(
@@ -165,7 +170,7 @@ class Gate:
         Raises:
             LearningError: a site is not one of the weights, or `measure` returns what its protocol does not say.
         """
-        verdict = Verdict(False, ("no scale was tried",), Figures())
+        verdict, effects = Verdict(False, ("no scale was tried",), Figures()), _Effects(measure, examples)
         for tried, scale in enumerate(scales, 1):
             deltas = scaled(candidate, scale)
             figures = self._norm(deltas)
@@ -173,8 +178,9 @@ class Gate:
             if not reasons:
                 figures = yield from self._harm(measure, deltas, figures)
                 reasons = self._failures(figures)
-            if not reasons and examples:
-                figures = yield from self._effect(measure, deltas, examples, figures)
+            if not reasons and effects.enough:
+                effect, error = yield from effects.of(deltas)
+                figures = replace(figures, effect=effect, effect_error=error)
                 reasons = self._failures(figures)
             passed = not reasons
             verdict = Verdict(passed, tuple(reasons), figures, scale, deltas if passed else None, tried)
@@ -185,7 +191,7 @@ class Gate:
     def _norm(self, deltas: Deltas) -> Figures:
         if unknown := set(deltas) - set(self._norms):
             raise LearningError(f"the gate knows no weight at {', '.join(sorted(unknown))}")
-        relative = {site: delta_norm(delta) / self._norms[site] for site, delta in deltas.items()}
+        relative = {site: _ratio(delta_norm(delta), self._norms[site]) for site, delta in deltas.items()}
         # max() would pass over a NaN.
         site = max(relative, key=lambda name: math.inf if math.isnan(relative[name]) else relative[name], default="")
         return Figures(relative_norm=relative.get(site, 0.0), largest_site=site, tokens=sum(map(len, self._anchors)))
@@ -199,42 +205,23 @@ class Gate:
         found = yield from _run(measure, deltas, self._anchors)
         pairs = zip(self._baseline, found, strict=True)
         losses = [np.subtract(before, after.logprobs, dtype=np.float64) for before, after in pairs]
-        means = np.array([loss.mean() for loss in losses])
+        with np.errstate(invalid="ignore"):
+            means = np.array([loss.mean() for loss in losses])
         worst = int(np.argmax(np.where(np.isnan(means), np.inf, means)))
         every, kl = np.concatenate(losses), np.concatenate([one.kl for one in found]).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            mean = float(every.mean())
         return replace(
             figures,
-            mean_loss=float(every.mean()),
+            mean_loss=mean,
             mean_loss_error=_standard_error(every),
             worst_loss=float(means[worst]),
             worst_anchor=worst,
             kl=float(kl.mean()),
         )
 
-    def _effect(
-        self, measure: Measure, deltas: Deltas, examples: Sequence[Example], figures: Figures
-    ) -> Generator[None, None, Figures]:
-        texts = [(*one.prompt_ids, *one.output_ids) for one in examples]
-        starts = [len(one.prompt_ids) - 1 for one in examples]
-        if any(start < 0 or not one.output_ids for start, one in zip(starts, examples, strict=True)):
-            raise LearningError("an example without a prompt or an answer has no effect to be measured")
-        base = yield from _run(measure, None, texts)
-        found = yield from _run(measure, deltas, texts)
-        gains = np.array(
-            [
-                np.subtract(after.logprobs[start:], before.logprobs[start:], dtype=np.float64).mean()
-                for start, before, after in zip(starts, base, found, strict=True)
-            ]
-        )
-        good = np.array([one.quality >= 0.5 for one in examples])
-        if min(good.sum(), (~good).sum()) < 4 and np.isfinite(gains).all():
-            return figures
-        effect = float(gains[good].mean() - gains[~good].mean())
-        error = math.hypot(_standard_error(gains[good]), _standard_error(gains[~good]))
-        return replace(figures, effect=effect, effect_error=error)
-
     def _failures(self, figures: Figures) -> list[str]:
-        """Why a candidate with these figures does not pass. Written so that a NaN fails every comparison."""
+        """Why a candidate with these figures does not pass; what is not finite never does."""
         config, reasons = self.config, []
         limits = (
             ("relative_norm", config.max_relative_norm, "", f" at {figures.largest_site}"),
@@ -244,13 +231,38 @@ class Gate:
         )
         for name, limit, unit, where in limits:
             value = getattr(figures, name)
-            if value is not None and not value <= limit:
+            if value is not None and not (math.isfinite(value) and value <= limit):
                 reasons.append(f"{name} is {value:.4g}{unit}{where}, allowed is {limit:.4g}")
         if figures.effect is not None and figures.effect_error is not None:
             best = figures.effect + 2 * figures.effect_error
-            if not best >= config.min_effect:
+            if not (math.isfinite(best) and best >= config.min_effect):
                 reasons.append(f"effect is {figures.effect:.4g} nats per token, needed is {config.min_effect:.4g}")
         return reasons
+
+
+class _Effects:
+    """What deltas do to answers with feedback, against the base model, which is measured once."""
+
+    def __init__(self, measure: Measure, examples: Sequence[Example]) -> None:
+        if any(not one.prompt_ids or not one.output_ids for one in examples):
+            raise LearningError("an example without a prompt or an answer has no effect to be measured")
+        self._measure = measure
+        self._texts = [(*one.prompt_ids, *one.output_ids) for one in examples]
+        self._starts = [len(one.prompt_ids) - 1 for one in examples]
+        self._good = np.array([one.quality >= 0.5 for one in examples], bool)
+        self._base: list[Measured] | None = None
+        self.enough = min(self._good.sum(), (~self._good).sum()) >= _LEAST
+
+    def of(self, deltas: Deltas) -> Generator[None, None, tuple[float, float]]:
+        """Nats per token that good answers gained more than bad ones, and the standard error of it."""
+        if self._base is None:
+            self._base = yield from _run(self._measure, None, self._texts)
+        found = yield from _run(self._measure, deltas, self._texts)
+        rows = zip(self._starts, self._base, found, strict=True)
+        with np.errstate(invalid="ignore"):
+            gains = [np.subtract(b.logprobs[at:], a.logprobs[at:], dtype=np.float64).mean() for at, a, b in rows]
+            good, bad = np.array(gains)[self._good], np.array(gains)[~self._good]
+            return float(good.mean() - bad.mean()), math.hypot(_standard_error(good), _standard_error(bad))
 
 
 @dataclass
@@ -296,10 +308,14 @@ def delta_norm(delta: LowRank) -> float:
     return abs(delta.scale) * math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan
 
 
-def _standard_error(values: Iterable[float] | np.ndarray) -> float:
-    """Of the mean of independent values; none for fewer than two, which say nothing about it."""
-    array = np.asarray(values, np.float64)
-    return float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else 0.0
+def _ratio(norm: float, of: float) -> float:
+    return norm / of if of > 0 else math.inf if norm != 0 else 0.0
+
+
+def _standard_error(values: npt.NDArray[np.float64]) -> float:
+    """Of the mean of values as if independent; 0 for a single one."""
+    with np.errstate(invalid="ignore"):  # what is infinite has no deviation, and fails by its mean
+        return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def _run(measure: Measure, deltas: Deltas | None, texts: Sequence[Tokens]) -> Generator[None, None, list[Measured]]:

@@ -288,7 +288,7 @@ class PatternBank:
 
     def state(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """All of it: arrays, and what JSON can hold. `restore` makes the same bank of it, bit for bit."""
-        arrays = {"topic_sums": self._sums, "topic_owners": self._owners, **self._recent.state()}
+        arrays = self._recent.state() | {"topic_sums": self._sums.copy(), "topic_owners": self._owners.copy()}
         numbers = {"next": self._next, "epoch": self._epoch, "since": self._since}
         merged = [[gone, kept] for gone, kept in self._merged.items()]
         return arrays, {"patterns": [asdict(p) for p in self.patterns.values()], "merged": merged, **numbers}

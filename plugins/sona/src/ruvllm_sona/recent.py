@@ -76,15 +76,18 @@ class Recent:
         slots = np.flatnonzero(self._arrays["owners"][: len(self)] == owner)
         slots = slots[np.argsort(serials[slots])]
         step = max(_SLICE_VALUES // self._size, 1)
-        parts = [{name: self._arrays[name][slots[:0]] for name in _FIELDS}]
+        shapes = {name: (len(slots), *values.shape[1:]) for name, values in self._arrays.items()}
+        whole = {name: np.empty(shapes[name], dtype) for name, dtype in _FIELDS.items()}
         for start in range(0, len(slots), step):
-            parts.append({name: self._arrays[name][slots[start : start + step]] for name in _FIELDS})
+            part = slice(start, start + step)
+            for name, values in whole.items():
+                values[part] = self._arrays[name][slots[part]]
             yield
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in _FIELDS}
-        # Between two slices a slot may have been given away, or written anew.
+        # Between two slices a slot may have been given away, or written anew for another pattern.
         kept = whole["owners"] == owner
-        values = {name: whole[name][kept] for name in ("states", "quality", "surprise", "serials")}
-        return Snapshot(slots=slots[kept], **values)
+        if not kept.all():
+            slots, whole = slots[kept], {name: values[kept] for name, values in whole.items()}
+        return Snapshot(whole["states"], whole["quality"], whole["surprise"], slots, whole["serials"])
 
     def give(self, seen: Snapshot, part: npt.NDArray[np.bool_], owner: int) -> None:
         """A part of the rows of a snapshot belongs to another pattern from now on, as far as they are still there."""
