@@ -39,7 +39,7 @@ class BankConfig:
         max_topics: centroids per pattern.
         capacity: feedbacks that are remembered, the latest ones.
         specialise: ``contradiction`` gives a part of the prompts a pattern of its own when its feedback contradicts the
-            rest's, ``always`` as soon as there is enough of it, ``never`` not at all.
+            rest's, ``always`` as soon as there is enough of it, until there are `max_patterns`, ``never`` not at all.
         min_feedback: least feedbacks on either side of a split.
         min_gap: least difference of mean quality that counts as a contradiction.
         error_rate: probability that a bank ever splits although feedback does not depend on the prompt.
@@ -240,7 +240,7 @@ class PatternBank:
         if config.specialise == "never" or len(self.patterns) >= config.max_patterns or n < 2 * config.min_feedback:
             return None
         if config.specialise == "always":
-            found = yield from kmeans(seen.states, max(2, self._topics(n)), rng)
+            found = yield from kmeans(seen.states, config.max_patterns - len(self.patterns) + 1, rng)
             parts = [found.labels == one for one in range(len(found.sums))]
             parts = [part for part in parts if config.min_feedback <= part.sum() <= n - config.min_feedback]
             largest = max(parts, key=lambda part: int(part.sum()), default=None)
