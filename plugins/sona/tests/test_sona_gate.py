@@ -106,7 +106,7 @@ def judge(measure: Measure, deltas: Deltas = SMALL, examples: Sequence[Example] 
 
 def test_figures_equal_those_of_merged_weights(network: Network) -> None:
     """The oracle is a model whose weights have the deltas added, scored by core."""
-    deltas = {site: delta for site, delta in candidate(0.05).items() if site != "final"}
+    deltas = {site: delta for site, delta in candidate(0.2).items() if site != "final"}
     weights = tiny.tiny_weights(SPEC)
     merged = dict(weights)
     for site, delta in deltas.items():
@@ -141,7 +141,7 @@ def test_what_changes_nothing_passes_and_what_changes_much_does_not(network: Net
     verdict = judge(network, nothing)
     assert verdict.passed and verdict.deltas is not None
     assert (verdict.figures.mean_loss, verdict.figures.worst_loss, verdict.figures.kl) == (0.0, 0.0, 0.0)
-    wild = judge(network, candidate(0.2), max_relative_norm=9)
+    wild = judge(network, candidate(0.6), max_relative_norm=9)
     assert not wild.passed and wild.deltas is None
     assert any(reason.startswith("kl is") for reason in wild.reasons)
     assert any(reason.startswith("worst_loss is") for reason in wild.reasons)
@@ -149,7 +149,7 @@ def test_what_changes_nothing_passes_and_what_changes_much_does_not(network: Net
 
 def test_rescue_takes_the_largest_part_that_passes(network: Network) -> None:
     passing = []
-    for size in (0.3, 0.15, 0.1, 0.05, 0.02):
+    for size in (2.0, 0.3, 0.15, 0.05):
         alone = [judge(network, candidate(size * scale)).passed for scale in RESCUE]
         first = RESCUE[alone.index(True)] if True in alone else None
         gate = Gate(ANCHORS, norms())
