@@ -96,7 +96,7 @@ class Elsewhere:
         self._owner, self._places = torch.tensor(owner, device=device), torch.tensor(places, device=device)
         nothing = AdapterStack({}, {})
         with torch.no_grad():
-            self._base_hidden = subject.network.hidden(self._chats, nothing)[self._owner, self._places]
+            self._base_hidden = subject.exact.hidden(self._chats, nothing)[self._owner, self._places]
             self._base_nll = float(self._nll(nothing))
 
     @torch.no_grad()
@@ -104,18 +104,18 @@ class Elsewhere:
         """Perplexity over the base model's, and nats a token, of one cell of `stack`."""
         own = _rows(stack, cell, 1)
         ratio = float(np.exp(float(self._nll(own)) - self._base_nll))
-        hidden = self._subject.network.hidden(self._chats, own)[self._owner, self._places]
+        hidden = self._subject.exact.hidden(self._chats, own)[self._owner, self._places]
         total = 0.0
         for first in range(0, len(hidden), _TOKENS):
             part = slice(first, first + _TOKENS)
-            base, now = (self._subject.network.logits(rows[part]) for rows in (self._base_hidden, hidden))
+            base, now = (self._subject.exact.logits(rows[part]) for rows in (self._base_hidden, hidden))
             base, now = torch.log_softmax(base, -1), torch.log_softmax(now, -1)
             total += float((base.exp() * (base - now)).sum())
         return ratio, total / len(hidden)
 
     def _nll(self, stack: AdapterStack) -> Tensor:
         """Mean over every token but the first of each window."""
-        network = self._subject.network
+        network = self._subject.exact
         hidden = network.hidden(self._windows, stack)[:, :-1].flatten(0, 1)
         targets = self._windows[:, 1:].flatten()
         sums = [
