@@ -64,6 +64,9 @@ class AdapterStack:
         if (both := self.sites.get(name)) is None:
             return y
         a, b = both
-        if len(a) == 1 and len(x) > 1:  # one adapter for all
-            return y + self.scales[name] * ((x @ a[0].T) @ b[0].T)
-        return y + self.scales[name] * torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        if len(a) == 1:  # one adapter for all
+            change = (x @ a[0].T) @ b[0].T
+        else:
+            change = torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        scale = self.scales[name]
+        return y + change if scale == 1.0 else y + scale * change

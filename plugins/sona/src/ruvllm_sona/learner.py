@@ -67,15 +67,21 @@ class Learner:
         return self._stack.deltas()
 
     def step(
-        self, network: Network, examples: Sequence[Example], advantages: Sequence[float]
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        advantages: Sequence[float],
+        reference: tuple[Network, AdapterStack] | None = None,
     ) -> Iterator[Outcome | None]:
         """One step of Adam on the sum over `examples`; the last thing yielded is the outcome.
+
+        `reference` is what the leash is tied to; None is the base model.
 
         Raises `LearningError`, and changes nothing, if a gradient is not finite.
         """
         self._adam.zero_grad()
         outcome = None
-        for found in gradients(network, self._stack, examples, advantages, self._config.objective):
+        for found in gradients(network, self._stack, examples, advantages, self._config.objective, reference):
             outcome = found
             yield None
         grads = [factor.grad for factor in self._stack.parameters() if factor.grad is not None]

@@ -1,0 +1,145 @@
+"""Deep training and distillation: they learn what they are told, stop, come back, and say what they lack."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from ruvllm_core.errors import LearningError
+from ruvllm_core.generate.request import GenerateParams
+from ruvllm_core.protocols import Adapter, LowRank
+from ruvllm_core.testing import tiny
+from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
+from ruvllm_sona.distill import DistillConfig, DistillProgress, distill
+from ruvllm_sona.drawing import draw_answer
+from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.network import Network
+from ruvllm_sona.objective import ObjectiveConfig
+from ruvllm_sona.records import Example
+from ruvllm_sona.score import answer_logprobs, compare_texts
+from ruvllm_sona.sites import linear_sites
+
+SPEC = tiny.tiny_spec()
+WEIGHTS = tiny.tiny_weights(SPEC)
+SHAPES = linear_sites(SPEC)
+CONFIG = DeepConfig(LearnerConfig(2, 3e-3, ObjectiveConfig(0.1, 0.1)), epochs=3, batch=2, held_out=0.25)
+
+
+def network() -> Network:
+    return Network(SPEC, WEIGHTS, dtype=torch.float32, resident=True)
+
+
+def rated(count: int = 16) -> list[Example]:
+    """Answers of which those with a certain token are good."""
+    rng, found = np.random.default_rng(0), []
+    for n in range(count):
+        answer = rng.integers(0, 200, 8)
+        if n % 2:
+            answer[:] = 7 + 3 * (n % 4)
+        found.append(Example(str(n), tuple(rng.integers(0, 256, 6).tolist()), tuple(answer.tolist()), float(n % 2)))
+    return found
+
+
+def test_good_answers_become_likelier_than_bad_ones_also_unseen() -> None:
+    rounds = [found for found in deep(network(), SHAPES, rated(), [tiny.TEXTS["a"]], CONFIG) if found is not None]
+    assert [one.epoch for one in rounds] == [1, 2, 3]
+    assert rounds[-1].best > 0.05
+    assert rounds[-1].deltas is not None
+    assert set(rounds[-1].deltas) == set(SHAPES)
+
+
+def test_training_that_stopped_goes_on_where_it_was() -> None:
+    straight = [found for found in deep(network(), SHAPES, rated(), [], CONFIG) if found is not None]
+    first = next(found for found in deep(network(), SHAPES, rated(), [], CONFIG) if found is not None)
+    rest = [found for found in deep(network(), SHAPES, rated(), [], CONFIG, resume=first) if found is not None]
+    assert [one.margin for one in rest] == [one.margin for one in straight[1:]]
+    last = straight[-1].deltas
+    assert last is not None and rest[-1].deltas is not None
+    for site, delta in last.items():
+        np.testing.assert_array_equal(delta.b, rest[-1].deltas[site].b)
+
+
+def test_what_suits_held_out_answers_no_better_is_not_kept() -> None:
+    """Ratings drawn by lot: no round is kept only because it is the last one."""
+    rng = np.random.default_rng(5)
+    lots = [Example(e.request_id, e.prompt_ids, e.output_ids, float(rng.integers(2))) for e in rated(24)]
+    rounds = [found for found in deep(network(), SHAPES, lots, [], CONFIG) if found is not None]
+    assert rounds[-1].best == max(0.0, *(one.margin for one in rounds))
+    if rounds[-1].best == 0.0:
+        assert rounds[-1].deltas is None
+
+
+def test_there_must_be_good_and_bad() -> None:
+    with pytest.raises(LearningError, match="16 good of 16"):
+        next(deep(network(), SHAPES, [Example("", (1,), (2,), 1.0)] * 16, [], CONFIG))
+
+
+def test_scores_are_those_of_the_decoder() -> None:
+    decoder, adapter = tiny.tiny_decoder(SPEC, WEIGHTS), tiny.tiny_adapter(SPEC)
+    text = tiny.TEXTS["b"]
+
+    def expected(with_adapter: Adapter | None):
+        logits = tiny.whole(decoder, text, len(text), with_adapter).astype(np.float64)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    adapted, base = expected(adapter), expected(None)
+    at = np.arange(len(text) - 1)
+    found = deque(answer_logprobs(network(), adapter.sites, text[:9], text[9:]), maxlen=1)[0]
+    np.testing.assert_allclose(found, adapted[at, text[1:]][8:], atol=2e-4)
+    ((a, b, kl),) = deque(compare_texts(network(), adapter.sites, [text]), maxlen=1)[0]
+    np.testing.assert_allclose(a, adapted[at, text[1:]], atol=2e-4)
+    np.testing.assert_allclose(b, base[at, text[1:]], atol=2e-4)
+    np.testing.assert_allclose(kl, (np.exp(adapted) * (adapted - base)).sum(-1)[:-1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_student_comes_to_say_what_its_teacher_says() -> None:
+    decoder = tiny.tiny_decoder(SPEC, WEIGHTS)
+    rng = np.random.default_rng(1)
+    teacher = {
+        name: LowRank(
+            rng.normal(0, columns**-0.5, (1, columns)).astype(np.float32),
+            rng.normal(0, 0.3, (rows, 1)).astype(np.float32),
+        )
+        for name, (rows, columns) in SHAPES.items()
+    }
+    params = GenerateParams(max_tokens=8, temperature=1.0, top_p=1.0, seed=3)
+
+    def draw(deltas, prompt):
+        return draw_answer(decoder, Adapter("s", deltas), prompt, params, frozenset())
+
+    prompts = [tiny.TEXTS[name][:6] for name in "abc"]
+    config = DistillConfig(LearnerConfig(rank=2, learning_rate=4e-3), steps=120, batch=3)
+    made = network()
+    steps = [found for found in distill(made, SHAPES, (made, teacher), prompts, draw, config) if found is not None]
+    assert np.mean([one.kl for one in steps[-9:]]) < 0.6 * np.mean([one.kl for one in steps[:9]])
+    assert steps[-1].deltas is not None and steps[0].deltas is None
+
+
+def test_drawing_is_what_the_engine_would_say() -> None:
+    decoder, adapter = tiny.tiny_decoder(SPEC, WEIGHTS), tiny.tiny_adapter(SPEC)
+    params, prompt = GenerateParams(max_tokens=6, temperature=0.0), tiny.TEXTS["a"][:5]
+    found = deque(draw_answer(decoder, adapter, prompt, params, frozenset()), maxlen=1)[0]
+    text = list(prompt)
+    for token in found:
+        assert token == int(np.argmax(tiny.whole(decoder, text, 11, adapter)[-1]))
+        text.append(token)
+    assert len(found) == 6
+
+
+def test_vocabularies_have_to_agree() -> None:
+    other = Network(tiny.tiny_spec(vocab_size=300), tiny.tiny_weights(tiny.tiny_spec(vocab_size=300)))
+    with pytest.raises(LearningError, match="300"):
+        next(distill(network(), SHAPES, (other, None), [[1]], lambda *_: iter(()), DistillConfig()))
+    with pytest.raises(LearningError, match="needs prompts"):
+        next(distill(network(), SHAPES, (network(), None), [], lambda *_: iter(()), DistillConfig()))
+
+
+def test_both_are_done_in_slices() -> None:
+    slices = list(islice(deep(network(), SHAPES, rated(), [], CONFIG), 40))
+    assert sum(one is None for one in slices) > 30
+    assert not any(isinstance(one, DistillProgress) for one in slices)
+    assert all(one is None or isinstance(one, DeepProgress) for one in slices)
