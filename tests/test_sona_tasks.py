@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from sona.tasks import TASKS, Prompt, on_topic, prompts
 from sona.texts import UNRELATED, other_text
 from sona.topics import FEEDBACK_TOPICS, HELD_OUT_TOPICS
 
+from ruvllm_core.generate.sampler import Distribution
 from ruvllm_core.protocols import LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_sona.adapters import AdapterStack
@@ -26,6 +28,7 @@ from ruvllm_sona.learner import Learner, LearnerConfig
 from ruvllm_sona.network import Network
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import final_site, linear_sites, start
+from ruvllm_sona.trace import Head, eligibility
 
 YES_NO = {
     "short": ("Rain is water.", " ".join(["word"] * 31)),
@@ -220,26 +223,49 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     cells = [Cell(arm, task, seed) for arm, task, seed in ((controls.LEASHED, "short", 0), (controls.SHUFFLED, "no I", 1),
                                                             (controls.LEASHED, "no I", 2))]  # fmt: skip
     fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2)
-    heard: list[tuple[list[Example], list[float]]] = []
-    learn = fleet._learn
-
-    def listening(examples: list[Example], advantages: list[float]) -> None:
-        heard.append((examples, advantages))
-        learn(examples, advantages)
-
-    fleet._learn = listening
     for _ in range(3):
         fleet.round()
-    assert any(advantage for _, advantages in heard for advantage in advantages)
+    assert len({one.quality for examples in fleet.log for one in examples}) > 1
+    baseline = Baseline(len(cells))
+    advantages = [baseline.advantages([one.quality for one in examples]) for examples in fleet.log]
     for n, cell in enumerate(cells):
         alone = Learner(shapes, LearnerConfig(learning_rate=0.01, seed=cell.seed))
-        for examples, advantages in heard:
-            for _ in alone.step(model.network, [examples[n]], [advantages[n]]):
+        for examples, found in zip(fleet.log, advantages, strict=True):
+            for _ in alone.step(model.network, [examples[n]], [found[n]]):
                 pass
         got = fleet.stack.deltas(n)
         for name, delta in alone.deltas().items():
             np.testing.assert_allclose(got[name].a, delta.a, atol=2e-5)
             np.testing.assert_allclose(got[name].b, delta.b, atol=2e-5)
+
+
+def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
+    """Traces of many answers at once against those that the plugin takes of one, and the step that follows."""
+    final = pytest.importorskip("sona.final")
+    model = subject()
+    cells = [Cell(controls.FINAL, "no I", seed) for seed in range(3)] + [Cell(controls.ORIGINAL, "no I", 7)]
+    config = final.MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
+    fleet = final.FinalFleet(model, cells, config, 4, 6, 2)
+    micros = [final.MicroLoRA(replace(config, seed=cell.seed)) for cell in cells]
+    head = Head.of(SPEC, tiny.tiny_weights(SPEC))
+    everything = np.arange(SPEC.vocab_size)
+    for _ in range(4):
+        fleet.round()
+        for n, cell in enumerate(cells[:3]):
+            one, micro = fleet.log[-1][n], micros[n]
+            with torch.no_grad():
+                hidden = model.exact.hidden(torch.tensor([[*one.prompt_ids, *one.output_ids]]))[0]
+                hidden = hidden[len(one.prompt_ids) - 1 : -1].numpy()
+                logits = model.exact.logits(torch.from_numpy(micro.apply(hidden))).double() / 0.8
+            drawn = [Distribution(everything, row) for row in torch.softmax(logits, -1).numpy()]
+            trace = eligibility(hidden, one.output_ids, drawn, 0.8, micro.current, head, version=micro.version)
+            micro.learn(trace, one.quality)
+            got = fleet.stack.deltas(n)["final"]
+            np.testing.assert_allclose(got.a, micro.current.a, atol=1e-4)
+            np.testing.assert_allclose(got.b, micro.current.b, atol=1e-4)
+            assert cell.arm != controls.FINAL or micro.stats().updates
+    assert np.abs(fleet.stack.deltas(0)["final"].b).max() > 1e-3
+    assert [np.abs(fleet.stack.deltas(3)["final"].b).max() > 0] == [any(told[3].quality for told in fleet.log)]
 
 
 def test_an_adapter_that_does_nothing_harms_nothing() -> None:
