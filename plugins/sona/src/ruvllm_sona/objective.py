@@ -27,10 +27,13 @@ class ObjectiveConfig:
     Attributes:
         leash: λ.
         saturation: β, per nat of the whole answer; 0 never slows.
+        budget: nats that a whole answer may be away from the base model; beyond, the leash is as many times tighter as
+            the answer is further. A wish that the base model fulfils by chance with probability q needs −log q.
     """
 
     leash: float = 0.03
     saturation: float = 0.1
+    budget: float = float("inf")
 
 
 class AnswerTokens:
@@ -72,13 +75,14 @@ class AnswerTokens:
         self.kl = self._sum(kl) / self._lengths
 
     @torch.no_grad()
-    def gradient(self, weight: Tensor, leash: float) -> Tensor:
+    def gradient(self, weight: Tensor, leash: float, budget: float = float("inf")) -> Tensor:
         """The loss's gradient by the hidden states, ``[N, C]``, with ``c · w`` of each answer ``[M]``."""
         share = (weight / self._temperature / self._lengths)[self._owner, None]
         d = torch.softmax(self._logits / self._temperature[self._owner, None], -1).mul_(share)
         d.scatter_add_(1, self._targets[:, None], -share)
         if self._leash is not None:
-            d.add_(self._leash.mul_((leash / self._lengths)[self._owner, None]))
+            tightened = leash * torch.clamp(self.kl * self._lengths / budget, min=1.0)
+            d.add_(self._leash.mul_((tightened / self._lengths)[self._owner, None]))
         (found,) = torch.autograd.grad(self._logits, self._hidden, d)
         return found
 

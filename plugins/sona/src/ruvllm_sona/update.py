@@ -119,7 +119,7 @@ def gradients(
         yield None
     weight = saturated(torch.tensor(advantages, device=device), answers.moved, config.saturation)
     grad = torch.zeros_like(way.x)
-    grad[owner, places] = answers.gradient(weight, config.leash)
+    grad[owner, places] = answers.gradient(weight, config.leash, config.budget)
     yield None
     for _ in way.backward(grad):
         yield None
