@@ -19,8 +19,8 @@ from sona import controls
 from sona.run import Plan, run
 from sona.tasks import MAX_TOKENS, TASKS
 
-_SMALL = {"tasks": "short,no I", "seeds": 1, "feedback": "1,2", "held_out": 3, "max_tokens": 12, "windows": 2,
-          "window": 32, "chats": 2}  # fmt: skip
+_SMALL = {"tasks": "no I", "seeds": 1, "feedback": "3", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
+          "chats": 1}  # fmt: skip
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of products with weights: auto, float32 or bfloat16")
     parser.add_argument("--at-once", type=int, default=1024, help="rows that are answered at once")
     parser.add_argument("--train-at-once", type=int, default=64, help="cells in one backward pass")
+    parser.add_argument("--deep-workers", type=int, default=1, help="processes of deep training, side by side")
     parser.add_argument("--rank", type=int, help="of whole-network adapters; left out, the plugin's own")
     parser.add_argument("--learning-rate", type=float, help="left out, the plugin's own")
     parser.add_argument("--leash", type=float, help="left out, the plugin's own")
@@ -65,6 +66,7 @@ def main() -> None:
         dtype=args.dtype,
         at_once=args.at_once,
         train_at_once=args.train_at_once,
+        deep_workers=args.deep_workers,
         learner={
             name: value
             for name, value in (("rank", args.rank), ("learning_rate", args.learning_rate), ("leash", args.leash))

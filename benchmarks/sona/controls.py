@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 BASE, LEASHED, FREE, SHUFFLED, CONSTANT, RANDOM = "base", "leashed", "free", "shuffled", "constant", "random"
-FINAL, ORIGINAL, DEEP, INSTRUCTION, BEST_OF = "final", "original", "deep", "instruction", "best-of-4"
+FINAL, ORIGINAL, INSTRUCTION, BEST_OF = "final", "original", "instruction", "best-of-4"
+DEEP, DEEP_LOG = "deep", "deep-log"
 
 #: What the table calls them, in its order.
 ARMS = {
@@ -15,12 +16,13 @@ ARMS = {
     RANDOM: "control: random direction, equal norm",
     FINAL: "final site alone",
     ORIGINAL: "control: the original's rule",
-    DEEP: "deep loop",
+    DEEP: "deep loop on the base model's answers",
+    DEEP_LOG: "deep loop on what the leashed arm heard",
     INSTRUCTION: "instruction in the prompt",
     BEST_OF: "best of 4 answers",
 }
 #: Those of a run that names none.
-DEFAULT = (BASE, LEASHED, SHUFFLED, CONSTANT, RANDOM, INSTRUCTION, BEST_OF)
+DEFAULT = tuple(arm for arm in ARMS if arm != FREE)
 CHOICES = 4
 
 

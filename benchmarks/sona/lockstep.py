@@ -10,7 +10,7 @@ from sona.cells import Baseline, Cell
 from sona.controls import feedback_of
 from sona.sampling import Sampler
 from sona.subject import Subject
-from sona.texts import uniforms
+from sona.texts import FEEDBACK_LUCK, uniforms
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.learner import LearnerConfig
@@ -19,7 +19,6 @@ from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients
 
 TEMPERATURE = 0.8
-_FEEDBACK_LUCK = 1
 
 
 class Fleet:
@@ -30,6 +29,10 @@ class Fleet:
         config: the learner's settings, `ruvllm_sona.learner.LearnerConfig`.
         feedback: how many each cell gets.
         at_once: most cells in one backward pass.
+
+    Attributes:
+        stack: the adapters; `begun` is what they started as.
+        log: what each cell was told, round by round.
     """
 
     def __init__(
@@ -41,12 +44,13 @@ class Fleet:
         self.stack = AdapterStack.of([start(shapes, config.rank, cell.seed) for cell in cells], device).trainable()
         self.begun = copied(self.stack)
         self._prompts = [[subject.chat(one.text) for one in cell.feedback_prompts(feedback)] for cell in cells]
-        self._luck = [uniforms(feedback, max_tokens, _FEEDBACK_LUCK, cell.seed) for cell in cells]
+        self._luck = [uniforms(feedback, max_tokens, FEEDBACK_LUCK, cell.seed) for cell in cells]
         room = max(len(prompt) for own in self._prompts for prompt in own) + max_tokens
         self._sampler = Sampler(subject, len(cells), room, self.stack, TEMPERATURE, max_tokens)
         self._adam = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
         self._baseline = Baseline(len(cells))
         self._scores: list[list[int]] = []
+        self.log: list[list[Example]] = []
 
     def round(self) -> list[int]:
         """One feedback for each cell; returns the true scores."""
@@ -64,11 +68,13 @@ class Fleet:
             Example(f"{n}", prompt, answer, quality, TEMPERATURE)
             for n, (prompt, answer, quality) in enumerate(zip(asked, answers, given, strict=True))
         ]
-        self._learn(examples, self._baseline.advantages(given))
+        self.log.append(examples)
+        self._learn(examples)
         self._scores.append(scores)
         return scores
 
-    def _learn(self, examples: Sequence[Example], advantages: Sequence[float]) -> None:
+    def _learn(self, examples: Sequence[Example]) -> None:
+        advantages = self._baseline.advantages([one.quality for one in examples])
         self._adam.zero_grad()
         for first in range(0, len(examples), self._at_once):
             part = slice(first, first + self._at_once)

@@ -55,28 +55,33 @@ class HeldOut:
     """Answers cells' held-out prompts, so many cells at once, each with its own adapter."""
 
     def __init__(self, subject: Subject, count: int, max_tokens: int, at_once: int) -> None:
-        self._subject, self._count, self._max_tokens, self._at_once = subject, count, max_tokens, at_once
+        self.subject, self._count, self._max_tokens, self._at_once = subject, count, max_tokens, at_once
 
     def texts(
         self, prompts: Sequence[Sequence[str]], luck: Sequence[np.ndarray], stack: AdapterStack | None
     ) -> list[list[str]]:
+        """`answers` as texts."""
+        return [[self.subject.text(ids) for ids in group] for group in self.answers(prompts, luck, stack)]
+
+    def answers(
+        self, prompts: Sequence[Sequence[str]], luck: Sequence[np.ndarray], stack: AdapterStack | None
+    ) -> list[list[tuple[int, ...]]]:
         """The answers to each group's prompts; group n uses row n of `stack`, or the base model."""
-        subject, count = self._subject, self._count
+        subject, count = self.subject, self._count
         asked = [[subject.chat(text) for text in group] for group in prompts]
         room = max(len(prompt) for group in asked for prompt in group) + self._max_tokens
         cells = min(len(asked), max(1, self._at_once // count))
         held = _rows(stack, 0, cells) if stack is not None else AdapterStack({}, {})
         sampler = Sampler(subject, cells * count, room, Shared(held, count), TEMPERATURE, self._max_tokens)
-        found: list[list[str]] = []
+        found: list[list[tuple[int, ...]]] = []
         for first in range(0, len(asked), cells):
             # The last batch is filled up by going back: batches of one size keep one recorded graph.
             begin = min(first, len(asked) - cells)
             if stack is not None:
                 _overwrite(held, stack, begin)
             batch = [prompt for group in asked[begin : begin + cells] for prompt in group]
-            answers = sampler.sample(batch, np.concatenate(luck[begin : begin + cells]))
-            groups = [[subject.text(ids) for ids in answers[n * count :][:count]] for n in range(cells)]
-            found += groups[first - begin :]
+            drawn = sampler.sample(batch, np.concatenate(luck[begin : begin + cells]))
+            found += [drawn[n * count : (n + 1) * count] for n in range(first - begin, cells)]
         return found
 
 
@@ -96,7 +101,7 @@ class Elsewhere:
         self._owner, self._places = torch.tensor(owner, device=device), torch.tensor(places, device=device)
         nothing = AdapterStack({}, {})
         with torch.no_grad():
-            self._base_hidden = subject.network.hidden(self._chats, nothing)[self._owner, self._places]
+            self._base_hidden = subject.exact.hidden(self._chats, nothing)[self._owner, self._places]
             self._base_nll = float(self._nll(nothing))
 
     @torch.no_grad()
@@ -104,18 +109,18 @@ class Elsewhere:
         """Perplexity over the base model's, and nats a token, of one cell of `stack`."""
         own = _rows(stack, cell, 1)
         ratio = float(np.exp(float(self._nll(own)) - self._base_nll))
-        hidden = self._subject.network.hidden(self._chats, own)[self._owner, self._places]
+        hidden = self._subject.exact.hidden(self._chats, own)[self._owner, self._places]
         total = 0.0
         for first in range(0, len(hidden), _TOKENS):
             part = slice(first, first + _TOKENS)
-            base, now = (self._subject.network.logits(rows[part]) for rows in (self._base_hidden, hidden))
+            base, now = (self._subject.exact.logits(rows[part]) for rows in (self._base_hidden, hidden))
             base, now = torch.log_softmax(base, -1), torch.log_softmax(now, -1)
             total += float((base.exp() * (base - now)).sum())
         return ratio, total / len(hidden)
 
     def _nll(self, stack: AdapterStack) -> Tensor:
         """Mean over every token but the first of each window."""
-        network = self._subject.network
+        network = self._subject.exact
         hidden = network.hidden(self._windows, stack)[:, :-1].flatten(0, 1)
         targets = self._windows[:, 1:].flatten()
         sums = [

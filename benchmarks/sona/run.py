@@ -11,9 +11,11 @@ import torch
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites
 from sona import asking, controls
 from sona.cells import Cell, random_direction
+from sona.deep_arm import anchors, stored, train
 from sona.lockstep import Fleet, copied
 from sona.measures import Elsewhere, HeldOut, Measured, held_out_luck, judged
 from sona.report import print_tables, summary
@@ -42,6 +44,7 @@ class Plan:
     dtype: str
     at_once: int
     train_at_once: int
+    deep_workers: int = 1
     learner: Mapping[str, float] = field(default_factory=dict)
 
     def with_arm(self, arm: str) -> list[Cell]:
@@ -83,6 +86,19 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
         if cells := plan.cells(*arms):
             fleet = Fleet(subject, cells, shapes, own, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
+            if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
+                heard = [[told[n] for told in fleet.log] for n in range(len(plan.with_arm(controls.LEASHED)))]
+                rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, say)
+            del fleet  # it holds memory
+    if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
+        from sona.final import FinalFleet, MicroLoRAConfig
+
+        micro = MicroLoRAConfig.for_hidden_dim(subject.exact.spec.hidden_size)
+        last = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+        rows += _learn(plan, last, held_out, elsewhere, say)
+    if cells := plan.cells(controls.DEEP):
+        told = stored(subject, cells, plan.checkpoints[-1], plan.max_tokens, plan.at_once)
+        rows += _deep(plan, cells, told, held_out, elsewhere, say)
     print_tables(rows)
     return {
         "benchmark": "sona",
@@ -107,6 +123,17 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
                 rows += _random(plan, fleet, number, held_out, elsewhere)
             say(f"measured {len(fleet.cells)} cells after {number}")
     return rows
+
+
+def _deep(
+    plan: Plan, cells: Sequence[Cell], told: Sequence[Sequence[Example]],
+    held_out: HeldOut, elsewhere: Elsewhere, say: Say,
+) -> list[Measured]:  # fmt: skip
+    subject = held_out.subject
+    texts = anchors(subject, plan.max_tokens)
+    stack, why = train(subject, plan.model, plan.dtype, cells, told, texts, plan.deep_workers)
+    say(f"deep training of {len(cells)} cells; {len(why)} were left alone" + (f": {why[0]}" if why else ""))
+    return measured(plan, cells, stack, plan.checkpoints[-1], held_out, elsewhere)
 
 
 def _random(plan: Plan, fleet: Fleet, number: int, held_out: HeldOut, elsewhere: Elsewhere) -> list[Measured]:

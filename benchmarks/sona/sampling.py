@@ -1,4 +1,4 @@
-"""Many answers at once, with many adapters: decoding over the learner's own network, with a cache.
+"""Many answers at once, with many adapters: decoding over the learner's own kind of network, with a cache.
 
 Draws are inverse transforms of uniform numbers given from outside, so that two arms that answer the same prompt are
 told apart by what they learned, and as little as possible by luck.
@@ -50,7 +50,7 @@ class Sampler:
     def __init__(
         self, subject: Subject, rows: int, room: int, adapters: AdapterStack, temperature: float, max_tokens: int
     ) -> None:
-        self._subject, self._network, self._adapters = subject, subject.network, adapters
+        self._subject, self._network, self._adapters = subject, subject.exact, adapters
         self._temperature, self._max_tokens = temperature, max_tokens
         network, spec = self._network, self._network.spec
         shape = (spec.num_layers, 2, rows, spec.num_kv_heads, room, spec.head_dim)
@@ -94,7 +94,8 @@ class Sampler:
             self._cache[n, 1, :, :, : key.shape[2]] = value
             return network.causal(n, query, key, value)
 
-        x, rope = self._subject.embed[tokens], network.rope(tokens.shape[1])
+        at = torch.arange(tokens.shape[1], device=network.device)[None]
+        x, rope = self._subject.embed[tokens], network.rope(len(self._slots), at)
         for n in range(network.spec.num_layers):
             x = network.layer(n, x, rope, self._adapters, attend)
         return network.norm(x, self._adapters)

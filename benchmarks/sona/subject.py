@@ -22,11 +22,13 @@ class Subject:
     """A model as this benchmark uses it.
 
     Attributes:
-        network: gradients flow through it, with all weights decoded.
+        network: gradients flow through it, with all weights decoded; products as the plugin computes them.
+        exact: the same in float32, for answers and for measuring.
         embed: input embeddings, float32 ``[V, C]``, on the network's device.
     """
 
     network: Network
+    exact: Network
     embed: Tensor
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -43,12 +45,11 @@ class Subject:
         if tokenizer.chat_template is None:
             raise SystemExit(f"{name} has no chat template; the tasks are chats")
         chosen = None if dtype == "auto" else getattr(torch, dtype)
-        network = Network(file.spec, file.weights, device=device, dtype=chosen, resident=True)
-        for _ in network.load():
-            pass
+        network = _loaded(file, device, chosen)
+        exact = network if network.dtype == torch.float32 else _loaded(file, device, torch.float32)
         embed = torch.from_numpy(file.weights["embed"].dequantize().copy()).to(network.device)
         template = ChatTemplate(tokenizer.chat_template, bos_token=bos, eos_token=eos)
-        return cls(network, embed, tokenizer, template, file)
+        return cls(network, exact, embed, tokenizer, template, file)
 
     def chat(self, text: str) -> tuple[int, ...]:
         """The tokens of a chat's first message, up to where the answer begins."""
@@ -57,3 +58,10 @@ class Subject:
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
+
+
+def _loaded(file: ModelFile, device: str, dtype: torch.dtype | None) -> Network:
+    network = Network(file.spec, file.weights, device=device, dtype=dtype, resident=True)
+    for _ in network.load():
+        pass
+    return network

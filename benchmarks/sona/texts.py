@@ -10,6 +10,7 @@ import numpy as np
 from sona.subject import Subject
 
 WINDOW = 256
+FEEDBACK_LUCK = 1  # of what is drawn for feedback, whoever draws it
 
 #: Chats of other kinds than the tasks' prompts, for the divergence from the base model.
 UNRELATED = (
@@ -37,6 +38,18 @@ UNRELATED = (
     "What time is it in Tokyo when it is noon in London?",
     "Write a to-do list for moving house.",
     "What is the chemical formula of water?",
+)
+
+#: Chats that nobody rates, for training that keeps to the base model there.
+ANCHORS = (
+    "Translate 'thank you' into Spanish.",
+    "What is 9 times 8?",
+    "Write a Python function that adds two numbers.",
+    "My phone does not charge. What can I do?",
+    "Write a short thank-you note to a colleague.",
+    "What does the word 'rapid' mean?",
+    "What is the capital of Canada?",
+    "Explain what a loop is in programming.",
 )
 
 

@@ -1,0 +1,278 @@
+"""The benchmark of learning: its rules judge what they say, and its lockstep is the plugin's own learning."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from sona import controls, lockstep, report
+from sona.cells import Baseline, Cell, random_direction
+from sona.measures import Elsewhere, HeldOut, Measured
+from sona.sampling import Sampler, Shared
+from sona.tasks import TASKS, Prompt, on_topic, prompts
+from sona.texts import UNRELATED, other_text
+from sona.topics import FEEDBACK_TOPICS, HELD_OUT_TOPICS
+
+from ruvllm_core.generate.sampler import Distribution
+from ruvllm_core.protocols import LowRank
+from ruvllm_core.testing import tiny
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.network import Network
+from ruvllm_sona.records import Example
+from ruvllm_sona.sites import final_site, linear_sites, start
+from ruvllm_sona.trace import Head, eligibility
+
+YES_NO = {
+    "short": ("Rain is water.", " ".join(["word"] * 31)),
+    "list": ("Here:\n- one\n- two", "- one\nand two"),
+    "question": ('She asked: "Why?"', "Why? Because."),
+    "words 1": ("You see what a list can do.", "Your scan cannot."),
+    "words 2": ("Small, but with care.", "butter without"),
+    "one sentence": ("Bread costs 2.50 euros!", "One. Two."),
+    "no I": ("It is nice in Italy.", "Well, I’m fine."),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_tells_yes_from_no(name: str) -> None:
+    yes, no = YES_NO[name]
+    score = TASKS[name].score
+    assert (score(yes), score(no), score(""), score(" \n")) == (1, 0, 0, 0)
+    assert score(f"\n{yes}  ") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [("1. a\n2) b", 1), ("* a\n\n  • b", 1), ("-a\n-b", 0), ("1.5 kg\n2.5 kg", 0), ("a - b\nc", 0)]
+)
+def test_what_a_list_is(text: str, score: int) -> None:
+    assert TASKS["list"].score(text) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"), [("No end", 0), ("A?!", 1), ("Dr. Who left.", 0), ("Yes (sure).", 1), ("Two\nlines.", 0)]
+)
+def test_what_one_sentence_is(text: str, score: int) -> None:
+    assert TASKS["one sentence"].score(text) == score
+
+
+def test_prompts_are_different_even_and_about_disjoint_topics() -> None:
+    assert min(len(FEEDBACK_TOPICS), len(HELD_OUT_TOPICS)) >= 60
+    stems = [{stem for topic in topics for stem in topic.lower().split()} for topics in (FEEDBACK_TOPICS, HELD_OUT_TOPICS)]
+    assert stems[0] & stems[1] <= {"the", "of"}
+    for kind, topics in (("feedback", FEEDBACK_TOPICS), ("held-out", HELD_OUT_TOPICS)):
+        found = prompts(kind, 200, 3)
+        assert found == prompts(kind, 200, 3) != prompts(kind, 200, 4)
+        assert len({one.text for one in found}) == 200
+        counts = [sum(one.topic == topic for one in found) for topic in topics]
+        assert max(counts) - min(counts) <= 1
+        templates = [one.text.replace(one.topic, "{}") for one in found]
+        assert max(map(templates.count, templates)) <= 2 * 200 / 16
+    most = len(FEEDBACK_TOPICS) * 16
+    assert len({one.text for one in prompts("feedback", most, 0)}) == most
+    with pytest.raises(ValueError, match=f"{most + 1} prompts"):
+        prompts("feedback", most + 1, 0)
+
+
+def test_on_topic_needs_the_topic_and_no_circles() -> None:
+    prompt = Prompt("Tell me about ants.", "ants", ("ants", "ant", "insect"))
+    assert on_topic(prompt, "Insects of this kind build hills.")
+    assert not on_topic(prompt, "A restaurant serves soup.")
+    assert not on_topic(prompt, "")
+    assert not on_topic(prompt, "Ants are good. " * 5)
+    assert not on_topic(prompt, "ants ants ants ants ants and some more words here now")
+
+
+def test_the_other_text_is_long_and_the_chats_are_about_something_else(tmp_path: Path) -> None:
+    assert len(other_text(None)) > 24 * 256 * 16
+    (tmp_path / "own.txt").write_text("mine", encoding="utf-8")
+    assert other_text(tmp_path / "own.txt") == "mine"
+    assert len(set(UNRELATED)) >= 24
+
+
+def test_shuffled_feedback_is_the_verdict_on_the_answer_before() -> None:
+    scores, heard = [1, 0, 0, 1, 1], []
+    for n, score in enumerate(scores):
+        heard.append(controls.feedback_of(controls.SHUFFLED, score, scores[n - 1] if n else None))
+    assert heard == [0.5, 1, 0, 0, 1]
+    assert [controls.feedback_of(controls.CONSTANT, score, None) for score in (0, 1)] == [1, 1]
+    assert [controls.feedback_of(controls.LEASHED, score, 1) for score in (0, 1)] == [0, 1]
+
+
+def test_the_baseline_is_the_mean_of_what_came_before() -> None:
+    baseline = Baseline(2)
+    assert baseline.advantages([1.0, 0.0]) == [0.5, -0.5]
+    assert baseline.advantages([1.0, 0.0]) == [1 - 1.5 / 2, -0.25]
+    assert baseline.advantages([0.0, 1.0]) == [-2.5 / 3, 1 - 0.5 / 3]
+
+
+def test_a_random_direction_is_as_far_in_every_cell() -> None:
+    begun, end = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    moved = random_direction(begun, end, torch.Generator().manual_seed(1))
+    torch.testing.assert_close((moved - begun).flatten(1).norm(dim=1), (end - begun).flatten(1).norm(dim=1))
+    cosines = torch.cosine_similarity((moved - begun).flatten(1), (end - begun).flatten(1))
+    assert cosines.abs().max() < 0.99
+
+
+def test_gains_are_differences_from_the_same_seed() -> None:
+    rows = [
+        Measured(Cell(controls.BASE, "short", 0), 0, 0.1, 0.9),
+        Measured(Cell(controls.BASE, "short", 1), 0, 0.3, 0.9),
+        Measured(Cell(controls.LEASHED, "short", 1), 48, 0.5, 0.8, 1.02, 0.1),
+        Measured(Cell(controls.LEASHED, "short", 0), 48, 0.2, 0.6, 1.0, 0.3),
+    ]
+    base, learned = report.summary(rows)
+    assert (base["arm"], base["gain"], learned["arm"]) == (controls.BASE, 0.0, controls.LEASHED)
+    assert learned["gain"] == pytest.approx(15)
+    assert learned["gain_interval"] == pytest.approx((10, 20))
+    assert learned["perplexity_percent"] == pytest.approx(1) and learned["perplexity_worst_percent"] == pytest.approx(2)
+    assert (learned["kl"], learned["on_topic"]) == pytest.approx((0.2, 0.7))
+
+
+def test_the_interval_is_that_of_a_mean() -> None:
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = report.interval(values.tolist())
+    assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.02)
+
+
+SPEC = tiny.tiny_spec()
+
+
+class Letters:
+    """One token is one letter, and nothing ends an answer but token 1."""
+
+    eos_ids = frozenset({1})
+    bos_id = None
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join("I" if token % 2 else "you" for token in ids)
+
+
+def subject(spec=SPEC) -> SimpleNamespace:
+    weights = tiny.tiny_weights(spec)
+    network = Network(spec, weights, dtype=torch.float32, resident=True)
+    for _ in network.load():
+        pass
+    embed, letters = torch.from_numpy(weights["embed"].dequantize().copy()), Letters()
+    return SimpleNamespace(
+        network=network, exact=network, embed=embed, tokenizer=letters, text=letters.decode,
+        chat=lambda text: tuple(ord(letter) % 251 + 2 for letter in text[:12]),
+    )  # fmt: skip
+
+
+def adapters(spec, rows: int) -> AdapterStack:
+    rng, shapes = np.random.default_rng(5), linear_sites(spec) | final_site(spec)
+    found = []
+    for row in range(rows):
+        begun = start(shapes, 2, row)
+        found.append(
+            {name: LowRank(d.a, rng.normal(0, 0.2, d.b.shape).astype(np.float32), 0.7) for name, d in begun.items()}
+        )
+    return AdapterStack.of(found)
+
+
+@pytest.mark.parametrize("name", tiny.FLAVOURS)
+def test_answers_are_draws_from_the_whole_network(name: str) -> None:
+    """Each token is the inverse transform of its number under a forward pass over all that came before."""
+    spec = tiny.FLAVOURS[name]
+    model = subject(spec)
+    asked = [tuple(tiny.TEXTS["a"][:5]), tuple(tiny.TEXTS["b"][:9]), tuple(tiny.TEXTS["c"][:7])]
+    stack, luck = adapters(spec, 3), np.random.default_rng(2).random((3, 10))
+    sampler = Sampler(model, 3, 9 + 10, stack, 0.8, 10)
+    for _ in range(2):  # a second time, over what the first left in the cache
+        answers = sampler.sample(asked, luck)
+        for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+            own = AdapterStack({n: (a[row : row + 1], b[row : row + 1]) for n, (a, b) in stack.sites.items()}, stack.scales)
+            assert len(answer) == 10 or answer[-1] == 1
+            with torch.no_grad():
+                hidden = model.exact.hidden(torch.tensor([[*prompt, *answer]]), own)
+                share = torch.softmax(model.exact.logits(hidden)[0].double() / 0.8, -1).cumsum(-1)
+            for n, token in enumerate(answer):
+                upper = share[len(prompt) - 1 + n]
+                assert (upper[token - 1] if token else 0.0) - 1e-4 <= luck[row, n] <= upper[token] + 1e-4
+
+
+def test_cells_share_an_adapter_over_their_rows() -> None:
+    stack, x, y = adapters(SPEC, 2), torch.randn(6, 4, SPEC.hidden_size), torch.randn(6, 4, SPEC.hidden_size)
+    got = Shared(stack, 3).add("final", x, y)
+    each = [0, 0, 0, 1, 1, 1]
+    expected = AdapterStack({n: (a[each], b[each]) for n, (a, b) in stack.sites.items()}, stack.scales).add("final", x, y)
+    torch.testing.assert_close(got, expected)
+
+
+def test_held_out_answers_do_not_depend_on_how_many_are_drawn_at_once() -> None:
+    model, stack = subject(), adapters(SPEC, 3)
+    asked = [[f"{cell} asks {n}" for n in range(2)] for cell in range(3)]
+    luck = [np.random.default_rng(cell).random((2, 6)) for cell in range(3)]
+    one, two, three = (HeldOut(model, 2, 6, most).texts(asked, luck, stack) for most in (2, 4, 100))
+    assert one == two == three
+    assert one != HeldOut(model, 2, 6, 100).texts(asked, luck, None)
+
+
+def test_lockstep_learns_what_the_plugin_learns() -> None:
+    """Each cell's adapter is what the plugin's own learner makes of the same answers and advantages."""
+    model, config = subject(), LearnerConfig(learning_rate=0.01)
+    shapes = linear_sites(SPEC)
+    cells = [Cell(arm, task, seed) for arm, task, seed in ((controls.LEASHED, "short", 0), (controls.SHUFFLED, "no I", 1),
+                                                            (controls.LEASHED, "no I", 2))]  # fmt: skip
+    fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2)
+    for _ in range(3):
+        fleet.round()
+    assert len({one.quality for examples in fleet.log for one in examples}) > 1
+    baseline = Baseline(len(cells))
+    advantages = [baseline.advantages([one.quality for one in examples]) for examples in fleet.log]
+    for n, cell in enumerate(cells):
+        alone = Learner(shapes, LearnerConfig(learning_rate=0.01, seed=cell.seed))
+        for examples, found in zip(fleet.log, advantages, strict=True):
+            for _ in alone.step(model.network, [examples[n]], [found[n]]):
+                pass
+        got = fleet.stack.deltas(n)
+        for name, delta in alone.deltas().items():
+            np.testing.assert_allclose(got[name].a, delta.a, atol=2e-5)
+            np.testing.assert_allclose(got[name].b, delta.b, atol=2e-5)
+
+
+def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
+    """Traces of many answers at once against those that the plugin takes of one, and the step that follows."""
+    final = pytest.importorskip("sona.final")
+    model = subject()
+    cells = [Cell(controls.FINAL, "no I", seed) for seed in range(3)] + [Cell(controls.ORIGINAL, "no I", 7)]
+    config = final.MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
+    fleet = final.FinalFleet(model, cells, config, 4, 6, 2)
+    micros = [final.MicroLoRA(replace(config, seed=cell.seed)) for cell in cells]
+    head = Head.of(SPEC, tiny.tiny_weights(SPEC))
+    everything = np.arange(SPEC.vocab_size)
+    for _ in range(4):
+        fleet.round()
+        for n, cell in enumerate(cells[:3]):
+            one, micro = fleet.log[-1][n], micros[n]
+            with torch.no_grad():
+                hidden = model.exact.hidden(torch.tensor([[*one.prompt_ids, *one.output_ids]]))[0]
+                hidden = hidden[len(one.prompt_ids) - 1 : -1].numpy()
+                logits = model.exact.logits(torch.from_numpy(micro.apply(hidden))).double() / 0.8
+            drawn = [Distribution(everything, row) for row in torch.softmax(logits, -1).numpy()]
+            trace = eligibility(hidden, one.output_ids, drawn, 0.8, micro.current, head, version=micro.version)
+            micro.learn(trace, one.quality)
+            got = fleet.stack.deltas(n)["final"]
+            np.testing.assert_allclose(got.a, micro.current.a, atol=1e-4)
+            np.testing.assert_allclose(got.b, micro.current.b, atol=1e-4)
+            assert cell.arm != controls.FINAL or micro.stats().updates
+    assert np.abs(fleet.stack.deltas(0)["final"].b).max() > 1e-3
+    assert [np.abs(fleet.stack.deltas(3)["final"].b).max() > 0] == [any(told[3].quality for told in fleet.log)]
+
+
+def test_an_adapter_that_does_nothing_harms_nothing() -> None:
+    model = subject()
+    windows = [tuple(tiny.TEXTS["b"][:20]), tuple(tiny.TEXTS["c"][:20])]
+    elsewhere = Elsewhere(model, windows, 3, 6)
+    idle = AdapterStack.of([start(linear_sites(SPEC), 1, 0)])
+    assert elsewhere.measure(idle, 0) == pytest.approx((1.0, 0.0), abs=1e-6)
+    ratio, kl = elsewhere.measure(adapters(SPEC, 2), 1)
+    assert ratio != pytest.approx(1.0, abs=1e-3) and kl > 1e-3
