@@ -70,7 +70,7 @@ struct RvMove {
 
 // What one adapter adds at one matrix: scale * b (a x). Rank 0: nothing. a is [rank, in]; for q, k and v, whose input is
 // the same, the rows of a stand one after the other, and so they do for gate and up. b is turned to panels of sixteen
-// rows, [rows / 16][rank][16], the last filled up with zeros.
+// rows, [rows / 16][rank][16], the last filled up with zeros; in memory they follow the rows of a that stand together.
 struct RvLowRank {
     const float* a;
     const float* b;

@@ -1,7 +1,6 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -15,6 +14,7 @@ constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in mem
 constexpr int64_t kMovedTokens = 64;    // of one task; fewer in all are not worth waking threads for
 constexpr int64_t kFewTokens = 16;      // of a sequence, a draft for one
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, at least
+constexpr int64_t kFetchedFloats = 1 << 14;  // of adapters ahead, at most: a near cache has room for more than that
 constexpr int64_t kSplits = 16;         // tasks of a head then, at most, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
@@ -99,8 +99,18 @@ RvDecoder::Deltas RvDecoder::deltas(int layer, int site, int64_t first) const {
     return {deltas_.empty() ? nullptr : deltas_.data() + first, (int64_t)layer * RV_SITES + site};
 }
 
-// Adapters take no meeting of the threads of their own: the first tasks multiply x by their rows of a, which are few, and
-// the others, when they have their rows of a product, add b to them, which they need the first for.
+// Asks memory for the rows [begin, end) of b of a product, and for the a of what is multiplied after `count` products.
+void RvDecoder::fetch(const Deltas& deltas, int site, int64_t begin, int64_t end, int count) const {
+    const RvLowRank *sites = deltas.of[0] + deltas.first, *own = sites + site, *next = sites + count;
+    for (int64_t i = begin * own->rank; i < end * own->rank; i += kPanelRows) __builtin_prefetch(own->b + i);
+    if (!count || deltas.first + count == (int64_t)layers_.size() * RV_SITES || !next->rank) return;
+    const int64_t floats = std::min((int64_t)(next->b - next->a), kFetchedFloats);
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(next->a + i, 0, 2);
+}
+
+// Where adapters add to the products, x is multiplied by their rows of a, which are few, before threads meet, and every
+// task adds b to its own rows. What one token needs of them is fetched while products are computed: the next a by the
+// first thread, which will read it.
 void RvDecoder::products(const Activations& x, const Product* wanted, int count, const Deltas& deltas) {
     int64_t total = 0;
     for (int i = 0; i < count; i++) total += wanted[i].matrix->source.rows;
@@ -109,26 +119,25 @@ void RvDecoder::products(const Activations& x, const Product* wanted, int count,
     int64_t tasks = 0;
     for (int i = 0; i < count; i++) tasks += (wanted[i].matrix->source.rows + step - 1) / step;
 
-    const int64_t first = deltas.of ? std::min(x.count, (int64_t)pool_.threads() * kTasksPerThread) : 0;
-    float* shrunk = shrunk_.room(first ? x.count * shrunk_width_ : 0);
-    std::atomic<int64_t> ready{0};
-    pool_.run(first + tasks, [&](int64_t task, int worker) {
-        if (task < first) {
-            for (int64_t t = x.count * task / first; t < x.count * (task + 1) / first; t++)
-                if (deltas.of[t])
-                    kernels_.shrink(deltas.of[t] + deltas.first, count, x.x + t * x.cols, x.cols,
-                                    shrunk + t * shrunk_width_);
-            ready.fetch_add(1);
-            return;
-        }
-        task -= first;
+    const bool fetches = deltas.of && deltas.of[0] && x.count < kSmallTokens;
+    float* shrunk = shrunk_.room(deltas.of ? x.count * shrunk_width_ : 0);
+    if (deltas.of)
+        each_token(x.count, [&](int64_t t) {
+            if (!deltas.of[t]) return;
+            kernels_.shrink(deltas.of[t] + deltas.first, count, x.x + t * x.cols, x.cols, shrunk + t * shrunk_width_);
+        });
+    bool fetched = false;  // the first thread's
+    pool_.run(tasks, [&](int64_t task, int worker) {
         int i = 0;
         for (int64_t own; task >= (own = (wanted[i].matrix->source.rows + step - 1) / step); i++) task -= own;
         const Product& product = wanted[i];
         const int64_t begin = task * step, end = std::min(begin + step, product.matrix->source.rows);
+        if (fetches) {
+            fetch(deltas, i, begin, end, worker == 0 && !fetched ? count : 0);
+            if (worker == 0) fetched = true;
+        }
         kernels_.matmul(*product.matrix, x, begin, end, product.out, product.stride, scratch_[(size_t)worker].data());
-        if (!first) return;
-        Pool::wait([&] { return ready.load() == first; });
+        if (!deltas.of) return;
         for (int64_t t = 0; t < x.count; t++) {
             if (!deltas.of[t]) continue;
             const RvLowRank* sites = deltas.of[t] + deltas.first;

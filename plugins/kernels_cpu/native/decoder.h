@@ -49,6 +49,7 @@ struct RvDecoder {
     Activations describe(const float* x, int64_t count, int64_t cols, bool quantized);
     void find_deltas(const RvBatch& batch);
     Deltas deltas(int layer, int site, int64_t first = 0) const;
+    void fetch(const Deltas& deltas, int site, int64_t begin, int64_t end, int count) const;
     void products(const Activations& x, const Product* wanted, int count, const Deltas& deltas);
     void append(const RvBatch& batch, int layer, float* qkv, int64_t width);
     void carry_out(const RvBatch& batch, int layer);

@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int64_t kFactorAhead = 512;  // floats of each row that are fetched ahead
-
 // R rows of a with x, UNROLL sums of each, so that an addition need not wait for the last.
 template <int R, int UNROLL> static inline void dot_rows(const float* a, const float* x, int64_t cols, float* c) {
     V total[R][UNROLL] = {};

@@ -46,14 +46,13 @@ void Pool::start(Task task, void* context, int64_t count) {
         wake_.notify_all();
     }
     work(job, 0);
-    wait([&] { return done_.load() >= count; });
-}
-
-// The core of the thread that is waited for may have been given to another program: then this one must not burn its own.
-void Pool::rest(int spins) {
-    if (spins < kSpins) pause();
-    else if (spins < kSpins + 100) std::this_thread::yield();
-    else std::this_thread::sleep_for(std::chrono::microseconds(50));
+    // Only tasks that a worker has begun are waited for. Its core may have been given to another program: then this
+    // thread must not burn its own.
+    for (int spins = 0; done_.load() < count; spins++) {
+        if (spins < kSpins) pause();
+        else if (spins < kSpins + 100) std::this_thread::yield();
+        else std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
 }
 
 bool Pool::open(uint32_t last) const {

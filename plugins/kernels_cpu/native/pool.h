@@ -29,13 +29,7 @@ class Pool {
               (void*)&body, count);
     }
 
-    // Waits, in a task or between jobs, for what tasks do that others have begun.
-    template <class F> static void wait(F&& done) {
-        for (int spins = 0; !done(); spins++) rest(spins);
-    }
-
   private:
-    static void rest(int spins);
     void start(Task task, void* context, int64_t count);
     bool open(uint32_t last) const;  // whether there is a job after `last` to be worked on
     void work(uint32_t job, int worker);

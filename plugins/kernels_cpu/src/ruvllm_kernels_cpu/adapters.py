@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +15,15 @@ from ruvllm_kernels_cpu import abi
 
 #: Sites of a layer that read the same input, first and last + 1.
 _INPUTS = ((0, 3), (3, 4), (4, 6), (6, 7))
+_LARGE_PAGE, _NUMPY_ASKS = 2**21 // 4, 2**22 // 4  # floats
 _PANEL = 16  # rows of b that stand together: of rank 1, a line of memory
+
+
+class _Table(NamedTuple):
+    """Where the C structure of an adapter is, and what has to live as long."""
+
+    address: int
+    owners: tuple[Any, ...]
 
 
 class AdapterTables:
@@ -24,31 +32,34 @@ class AdapterTables:
     def __init__(self, spec: ModelSpec) -> None:
         names = [f"layers.{n}.{site}" for n in range(spec.num_layers) for site in abi.SITES]
         self._shapes = {name: _site_shape(spec, name.split(".", 2)[2]) for name in names}
-        self._tables: WeakKeyDictionary[Adapter, tuple[Any, ...]] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[Adapter, _Table | None] = WeakKeyDictionary()
 
     def pointers(self, adapters: Sequence[Adapter | None], keep: list[Any]) -> int | None:
         """Address of one pointer a sequence, or None if none has deltas here; `keep` takes what must stay alive.
 
         Raises `ValueError` for matrices that do not fit the model.
         """
-        if not any(one is not None and one.changes_cache for one in adapters):
+        if not any(adapters):
             return None
-        found = (ctypes.c_void_p * len(adapters))()
-        for index, adapter in enumerate(adapters):
-            if adapter is None or not adapter.changes_cache:
-                continue
-            if adapter not in self._tables:
-                self._tables[adapter] = self._table(adapter)
-            keep.append(self._tables[adapter])
-            found[index] = ctypes.addressof(self._tables[adapter][0])
-        keep.append(found)
+        tables = [self._find(adapter) if adapter else None for adapter in adapters]
+        if not any(tables):
+            return None
+        found = (ctypes.c_void_p * len(adapters))(*(table and table.address for table in tables))
+        keep += [tables, found]
         return ctypes.addressof(found)
 
-    def _table(self, adapter: Adapter) -> tuple[Any, ...]:
+    def _find(self, adapter: Adapter) -> _Table | None:
+        try:
+            return self._tables[adapter]
+        except KeyError:
+            found = self._tables[adapter] = self._table(adapter) if adapter.changes_cache else None
+            return found
+
+    def _table(self, adapter: Adapter) -> _Table:
         """The C structure and what it points to: all numbers in the order in which a step reads them."""
         deltas = [self._delta(adapter, name) for name in self._shapes]
         room = sum(_room(one.a.size) + _room(len(one.b)) * len(one.a) for one in deltas if one)
-        numbers = _on_lines(room)
+        numbers = _large_pages(room)
         sites, at, widest = (abi.LowRank * len(deltas))(), 0, 0
         for layer in range(0, len(deltas), len(abi.SITES)):
             for first, last in _INPUTS:
@@ -64,7 +75,8 @@ class AdapterTables:
                     numbers[at : at + panels.size] = panels.ravel()
                     sites[n].b = numbers.ctypes.data + 4 * at
                     at += panels.size
-        return abi.Adapter(ctypes.addressof(sites), widest), sites, numbers
+        head = abi.Adapter(ctypes.addressof(sites), widest)
+        return _Table(ctypes.addressof(head), (head, sites, numbers))
 
     def _delta(self, adapter: Adapter, name: str) -> LowRank | None:
         delta = adapter.sites.get(name)
@@ -83,10 +95,10 @@ def _room(count: int) -> int:
     return -(-count // _PANEL) * _PANEL
 
 
-def _on_lines(count: int) -> FloatArray:
-    """Floats that begin on a line of 64 bytes."""
-    numbers = np.empty(count + _PANEL, dtype=np.float32)
-    start = -(numbers.ctypes.data // 4) % _PANEL
+def _large_pages(count: int) -> FloatArray:
+    """Floats that begin on a large page: of such NumPy asks the system for, on Linux, where an array has 4 MiB."""
+    numbers = np.empty(max(count, _NUMPY_ASKS) + _LARGE_PAGE, dtype=np.float32)
+    start = -(numbers.ctypes.data // 4) % _LARGE_PAGE
     return numbers[start : start + count]
 
 
