@@ -60,20 +60,21 @@ class AdapterTables:
         deltas = [self._delta(adapter, name) for name in self._shapes]
         room = sum(_room(one.a.size) + _room(len(one.b)) * len(one.a) for one in deltas if one)
         numbers = _large_pages(room)
-        sites, at, widest = (abi.LowRank * len(deltas))(), 0, 0
+        base, at, widest = numbers.ctypes.data, 0, 0
+        sites = (abi.LowRank * len(deltas))()
         for layer in range(0, len(deltas), len(abi.SITES)):
             for first, last in _INPUTS:
                 found = [(n, one) for n in range(layer + first, layer + last) if (one := deltas[n]) is not None]
                 widest = max(widest, sum(len(delta.a) for _, delta in found))
                 for n, delta in found:
                     numbers[at : at + delta.a.size] = delta.a.ravel()
-                    sites[n] = abi.LowRank(numbers.ctypes.data + 4 * at, None, delta.scale, len(delta.a))
+                    sites[n] = abi.LowRank(base + 4 * at, None, delta.scale, len(delta.a))
                     at += delta.a.size
                 at = _room(at)
                 for n, delta in found:
                     panels = _panels(delta.b)
                     numbers[at : at + panels.size] = panels.ravel()
-                    sites[n].b = numbers.ctypes.data + 4 * at
+                    sites[n].b = base + 4 * at
                     at += panels.size
         head = abi.Adapter(ctypes.addressof(sites), widest)
         return _Table(ctypes.addressof(head), (head, sites, numbers))
@@ -99,7 +100,8 @@ def _large_pages(count: int) -> FloatArray:
     """Floats that begin on a large page: of such NumPy asks the system for, on Linux, where an array has 4 MiB."""
     numbers = np.empty(max(count, _NUMPY_ASKS) + _LARGE_PAGE, dtype=np.float32)
     start = -(numbers.ctypes.data // 4) % _LARGE_PAGE
-    return numbers[start : start + count]
+    found: FloatArray = numbers[start : start + count]
+    return found
 
 
 def _panels(b: FloatArray) -> FloatArray:
@@ -107,7 +109,8 @@ def _panels(b: FloatArray) -> FloatArray:
     rows, rank = b.shape
     if rows % _PANEL:
         b = np.concatenate([b, np.zeros((-rows % _PANEL, rank), np.float32)])
-    return b.reshape(-1, _PANEL, rank).transpose(0, 2, 1)
+    panels: FloatArray = b.reshape(-1, _PANEL, rank).transpose(0, 2, 1)
+    return panels
 
 
 def _site_shape(spec: ModelSpec, site: str) -> tuple[int, int]:
