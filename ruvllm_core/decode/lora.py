@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,12 +18,12 @@ def apply_final(hidden: FloatArray, batch: Batch) -> FloatArray:
     if not any(adapter is not None and FINAL_SITE in adapter.sites for adapter in batch.adapters):
         return hidden
     changed: FloatArray = hidden.copy()
-    owners = np.searchsorted(batch.cu_q, batch.rows, side="right") - 1
-    for row, owner in enumerate(owners):
-        adapter = batch.adapters[owner]
+    ends = batch.cu_q[1:].tolist()  # lists and `dot` are NumPy's shortest ways: after a step no code of it is near
+    for row, token in enumerate(batch.rows.tolist()):
+        adapter = batch.adapters[bisect_right(ends, token)]
         delta = adapter.sites.get(FINAL_SITE) if adapter is not None else None
         if delta is not None:
-            changed[row] += delta.scale * (delta.b @ (delta.a @ hidden[row]))
+            changed[row] += delta.b.dot(delta.a.dot(hidden[row]) * delta.scale)
     return changed
 
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#define RV_ABI_VERSION 4
+#define RV_ABI_VERSION 5
 #define RV_API extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -68,12 +68,20 @@ struct RvMove {
     const int64_t* positions;   // [count]
 };
 
-// What one adapter adds at one matrix: scale * b (a x), with a [rank, in] and b turned to [rank, out]. Rank 0: nothing.
+// What one adapter adds at one matrix: scale * b (a x). Rank 0: nothing. a is [rank, in]; for q, k and v, whose input is
+// the same, the rows of a stand one after the other, and so they do for gate and up. b is turned to panels of sixteen
+// rows, [rows / 16][rank][16], the last filled up with zeros; in memory they follow the rows of a that stand together.
 struct RvLowRank {
     const float* a;
     const float* b;
     float scale;
     int32_t rank;
+};
+
+// widest: the most rows of a that stand together.
+struct RvAdapter {
+    const RvLowRank* sites;  // [layers][RV_SITES]
+    int64_t widest;
 };
 
 struct RvBatch {
@@ -86,7 +94,7 @@ struct RvBatch {
     const float* const* cos;   // [B], each [positions, rope_dim / 2]
     const float* const* sin;
     const RvSegment* segments;
-    const RvLowRank* const* adapters;  // null, or [B], each null or [layers][RV_SITES]
+    const RvAdapter* const* adapters;  // null, or [B], each may be null
     const int32_t* boundary;   // null, or [T]: a token reads the last segment from this position on, others before it
     const RvMove* moves;       // in order
     int64_t moves_count;

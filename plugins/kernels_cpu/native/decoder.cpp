@@ -14,6 +14,7 @@ constexpr int64_t kPackedAtOnce = 1 << 20;  // bytes of a matrix that are in mem
 constexpr int64_t kMovedTokens = 64;    // of one task; fewer in all are not worth waking threads for
 constexpr int64_t kFewTokens = 16;      // of a sequence, a draft for one
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, at least
+constexpr int64_t kFetchedFloats = 1 << 14;  // of adapters ahead, at most: a near cache has room for more than that
 constexpr int64_t kSplits = 16;         // tasks of a head then, at most, whatever the number of threads
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
@@ -83,33 +84,72 @@ Activations RvDecoder::describe(const float* x, int64_t count, int64_t cols, boo
     return found;
 }
 
-void RvDecoder::products(const Activations& x, const Product* wanted, int count) {
+void RvDecoder::find_deltas(const RvBatch& batch) {
+    deltas_.clear();
+    shrunk_width_ = 0;
+    if (!batch.adapters) return;
+    for (int64_t t = 0; t < batch.tokens_count; t++) {
+        const RvAdapter* adapter = batch.adapters[owner_[(size_t)t]];
+        deltas_.push_back(adapter ? adapter->sites : nullptr);
+        if (adapter) shrunk_width_ = std::max(shrunk_width_, adapter->widest);
+    }
+}
+
+RvDecoder::Deltas RvDecoder::deltas(int layer, int site, int64_t first) const {
+    return {deltas_.empty() ? nullptr : deltas_.data() + first, (int64_t)layer * RV_SITES + site};
+}
+
+// Asks memory for the rows [begin, end) of b of a product, and for the a of what is multiplied after `count` products.
+void RvDecoder::fetch(const Deltas& deltas, int site, int64_t begin, int64_t end, int count) const {
+    const RvLowRank *sites = deltas.of[0] + deltas.first, *own = sites + site, *next = sites + count;
+    for (int64_t i = begin * own->rank; i < end * own->rank; i += kPanelRows) __builtin_prefetch(own->b + i);
+    if (!count || deltas.first + count == (int64_t)layers_.size() * RV_SITES || !next->rank) return;
+    const int64_t floats = std::min((int64_t)(next->b - next->a), kFetchedFloats);
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(next->a + i, 0, 2);
+}
+
+// Where adapters add to the products, x is multiplied by their rows of a, which are few, before threads meet, and every
+// task adds b to its own rows. What one token needs of them is fetched while products are computed: the next a by the
+// first thread, which will read it.
+void RvDecoder::products(const Activations& x, const Product* wanted, int count, const Deltas& deltas) {
     int64_t total = 0;
     for (int i = 0; i < count; i++) total += wanted[i].matrix->source.rows;
     const int64_t aim = total / (pool_.threads() * kTasksPerThread) + 1;
     const int64_t step = (aim + kPanelRows - 1) / kPanelRows * kPanelRows;
     int64_t tasks = 0;
     for (int i = 0; i < count; i++) tasks += (wanted[i].matrix->source.rows + step - 1) / step;
+
+    const bool fetches = deltas.of && deltas.of[0] && x.count < kSmallTokens;
+    float* shrunk = shrunk_.room(deltas.of ? x.count * shrunk_width_ : 0);
+    if (deltas.of)
+        each_token(x.count, [&](int64_t t) {
+            if (!deltas.of[t]) return;
+            kernels_.shrink(deltas.of[t] + deltas.first, count, x.x + t * x.cols, x.cols, shrunk + t * shrunk_width_);
+        });
+    bool fetched = false;  // the first thread's
     pool_.run(tasks, [&](int64_t task, int worker) {
         int i = 0;
         for (int64_t own; task >= (own = (wanted[i].matrix->source.rows + step - 1) / step); i++) task -= own;
         const Product& product = wanted[i];
-        kernels_.matmul(*product.matrix, x, task * step, std::min((task + 1) * step, product.matrix->source.rows),
-                        product.out, product.stride, scratch_[(size_t)worker].data());
+        const int64_t begin = task * step, end = std::min(begin + step, product.matrix->source.rows);
+        if (fetches) {
+            fetch(deltas, i, begin, end, worker == 0 && !fetched ? count : 0);
+            if (worker == 0) fetched = true;
+        }
+        kernels_.matmul(*product.matrix, x, begin, end, product.out, product.stride, scratch_[(size_t)worker].data());
+        if (!deltas.of) return;
+        for (int64_t t = 0; t < x.count; t++) {
+            if (!deltas.of[t]) continue;
+            const RvLowRank* sites = deltas.of[t] + deltas.first;
+            const float* c = shrunk + t * shrunk_width_;
+            for (int before = 0; before < i; before++) c += sites[before].rank;
+            if (sites[i].rank) kernels_.expand(sites[i], c, begin, end, product.out + t * product.stride);
+        }
     });
 }
 
-// What the adapter of a token's sequence adds to the product of one site. Where possible it is called at the beginning of
-// the loop that next reads the product, which saves threads another meeting.
-void RvDecoder::adapt(const RvBatch& batch, int layer, int site, int64_t t, const float* x, float* out) const {
-    const RvLowRank* adapter = batch.adapters ? batch.adapters[owner_[(size_t)t]] : nullptr;
-    if (!adapter) return;
-    const RvMatrix& w = layers_[(size_t)layer].sites[site].source;
-    kernels_.low_rank(adapter[layer * RV_SITES + site], x, w.cols, out, w.rows);
-}
-
 // Rotates queries and keys in place, and stores keys and values.
-void RvDecoder::append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width) {
+void RvDecoder::append(const RvBatch& batch, int layer, float* qkv, int64_t width) {
     const RvSegment& newest = batch.segments[batch.segments_count - 1];
     const int64_t dim = model_.head_dim, q = model_.heads * dim, kv = model_.kv_heads * dim;
     const int64_t bytes = newest.type == RV_KV_F32 ? 4 : 2;  // new tokens are written one by one, so never quantized
@@ -117,9 +157,6 @@ void RvDecoder::append(const RvBatch& batch, int layer, const float* x, float* q
         const int32_t b = owner_[(size_t)t];
         const int64_t at = batch.positions[t] * (model_.rope_dim / 2);
         float* row = qkv + t * width;
-        adapt(batch, layer, RV_Q, t, x + t * model_.hidden, row);
-        adapt(batch, layer, RV_K, t, x + t * model_.hidden, row + q);
-        adapt(batch, layer, RV_V, t, x + t * model_.hidden, row + q + kv);
         kernels_.rope(row, model_.heads + model_.kv_heads, model_, batch.cos[b] + at, batch.sin[b] + at);
         const int64_t size = newest.block_size, block = batch.slots[t] / size, offset = batch.slots[t] % size;
         for (int64_t k = 0; k < model_.kv_heads; k++) {
@@ -225,8 +262,7 @@ void RvDecoder::attention(const RvBatch& batch, int layer, const float* query, i
     }
 }
 
-// The gated products of `count` tokens from `first` on, in place of their normed states. Adapters of the last product are
-// the only ones that nobody reads next before other tokens need the room.
+// The gated products of `count` tokens from `first` on, in place of their normed states.
 void RvDecoder::feed_forward(const RvBatch& batch, int n, int64_t first, int64_t count) {
     const Matrix* w = layers_[(size_t)n].sites;
     const int64_t hidden = model_.hidden, inner = model_.inner;
@@ -236,19 +272,15 @@ void RvDecoder::feed_forward(const RvBatch& batch, int n, int64_t first, int64_t
     Activations in = describe(x, count, hidden, quantized(w[RV_GATE]) || quantized(w[RV_UP]));
     if (in.q) each_tile(in, [](int64_t) {});
     const Product halves[] = {{&w[RV_GATE], both, 2 * inner}, {&w[RV_UP], both + inner, 2 * inner}};
-    products(in, halves, 2);
+    products(in, halves, 2, deltas(n, RV_GATE, first));
 
     in = describe(gated, count, inner, quantized(w[RV_DOWN]));
     each_tile(in, [&](int64_t t) {
         float* gate = both + t * 2 * inner;
-        adapt(batch, n, RV_GATE, first + t, x + t * hidden, gate);
-        adapt(batch, n, RV_UP, first + t, x + t * hidden, gate + inner);
         kernels_.gated(gate, gate + inner, inner, model_.activation, gated + t * inner);
     });
     const Product down{&w[RV_DOWN], x, hidden};
-    products(in, &down, 1);
-    if (batch.adapters)
-        each_token(count, [&](int64_t t) { adapt(batch, n, RV_DOWN, first + t, gated + t * inner, x + t * hidden); });
+    products(in, &down, 1, deltas(n, RV_DOWN, first));
 }
 
 // `pending` is what the next norm adds to the residual: the output of the last product.
@@ -267,18 +299,17 @@ void RvDecoder::layer(const RvBatch& batch, int n, const float** pending) {
                       x + t * hidden);
     });
     const Product heads[] = {{&w[RV_Q], qkv, width}, {&w[RV_K], qkv + q, width}, {&w[RV_V], qkv + q + kv, width}};
-    products(in, heads, 3);
-    append(batch, n, x, qkv, width);
+    products(in, heads, 3, deltas(n, RV_Q));
+    append(batch, n, qkv, width);
     carry_out(batch, n);
     attention(batch, n, qkv, width, mixed);
 
     in = describe(mixed, count, q, quantized(w[RV_O]));
     if (in.q) each_tile(in, [](int64_t) {});
     const Product out{&w[RV_O], x, hidden};
-    products(in, &out, 1);
+    products(in, &out, 1, deltas(n, RV_O));
 
     each_token(count, [&](int64_t t) {
-        adapt(batch, n, RV_O, t, mixed + t * q, x + t * hidden);
         kernels_.norm(residual + t * hidden, x + t * hidden, layer.mlp_norm, hidden, model_.eps, x + t * hidden);
     });
     const int64_t pieces = (count + kInnerTokens - 1) / kInnerTokens;
@@ -293,6 +324,7 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
     owner_.resize((size_t)count);
     for (int64_t b = 0; b < batch.sequences; b++)
         std::fill(owner_.begin() + batch.cu_q[b], owner_.begin() + batch.cu_q[b + 1], (int32_t)b);
+    find_deltas(batch);
     for (int64_t from = 0; from < count; from += kEmbedTokens) {
         const int64_t found = std::min(kEmbedTokens, count - from);
         each_token(found, [&](int64_t t) {
@@ -317,7 +349,7 @@ void RvDecoder::logits(const float* hidden, int64_t count, float* out) {
     const Activations in = describe(hidden, count, model_.hidden, quantized(head_));
     if (in.q) each_tile(in, [](int64_t) {});
     const Product product{&head_, out, model_.vocab};
-    products(in, &product, 1);
+    products(in, &product, 1, {});
     if (model_.logit_softcap > 0)
         each_token(count, [&](int64_t t) {
             kernels_.softcap(out + t * model_.vocab, model_.vocab, model_.logit_softcap);

@@ -38,13 +38,20 @@ struct RvDecoder {
         float* out;
         int64_t stride;
     };
+    // What adapters add to products of one input: for each of its tokens the deltas of all sites, or null.
+    struct Deltas {
+        const RvLowRank* const* of;
+        int64_t first;  // site of the first product, counted through all layers
+    };
     std::unique_ptr<Pages> pack(const std::vector<Matrix*>& matrices);
     template <class F> void each_token(int64_t count, F&& body);
     template <class F> void each_tile(const Activations& x, F&& before);
     Activations describe(const float* x, int64_t count, int64_t cols, bool quantized);
-    void products(const Activations& x, const Product* wanted, int count);
-    void adapt(const RvBatch& batch, int layer, int site, int64_t t, const float* x, float* out) const;
-    void append(const RvBatch& batch, int layer, const float* x, float* qkv, int64_t width);
+    void find_deltas(const RvBatch& batch);
+    Deltas deltas(int layer, int site, int64_t first = 0) const;
+    void fetch(const Deltas& deltas, int site, int64_t begin, int64_t end, int count) const;
+    void products(const Activations& x, const Product* wanted, int count, const Deltas& deltas);
+    void append(const RvBatch& batch, int layer, float* qkv, int64_t width);
     void carry_out(const RvBatch& batch, int layer);
     void plan_attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
     void attention(const RvBatch& batch, int layer, const float* query, int64_t stride, float* out);
@@ -60,8 +67,10 @@ struct RvDecoder {
     std::vector<std::vector<float>> scratch_;  // one a thread
     int64_t embedded_ = 0;        // tokens since pages of embeddings were let go
     std::vector<int32_t> owner_;  // the sequence of each token
+    std::vector<const RvLowRank*> deltas_;  // of each token, or empty: no sequence has an adapter
+    int64_t shrunk_width_ = 0;              // products with a of a token that are in memory together
     std::vector<AttentionTask> tasks_;
-    Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, partial_;
+    Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, partial_, shrunk_;
     Buffer<int8_t> bytes_;
 };
 

@@ -67,36 +67,4 @@ static void softcap(float* x, int64_t n, float cap) {
     for (int64_t i = 0; i < n; i++) x[i] = cap * tanhf(x[i] / cap);
 }
 
-// R rows of a and b at a time, so that memory is asked for several lines at once: of a layer's adapters nothing is near.
-template <int R>
-static inline void low_rank_rows(const float* a, const float* b, float scale, const float* x, int64_t cols, float* out,
-                                 int64_t rows) {
-    for (int k = 0; k < R; k++)
-        for (int64_t i = 0; i < rows; i += 16) __builtin_prefetch(b + k * rows + i);
-    V total[R] = {};
-    float found[R] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= cols; i += kLanes)
-        for (int k = 0; k < R; k++) total[k] += load(a + k * cols + i) * load(x + i);
-    for (; i < cols; i++)
-        for (int k = 0; k < R; k++) found[k] += a[k * cols + i] * x[i];
-    for (int k = 0; k < R; k++) found[k] = scale * (found[k] + sum(total[k]));
-    for (i = 0; i + kLanes <= rows; i += kLanes) {
-        V y = load(out + i);
-        for (int k = 0; k < R; k++) y += load(b + k * rows + i) * found[k];
-        store(out + i, y);
-    }
-    for (; i < rows; i++)
-        for (int k = 0; k < R; k++) out[i] += b[k * rows + i] * found[k];
-}
-
-static void low_rank(const RvLowRank& delta, const float* x, int64_t cols, float* out, int64_t rows) {
-    int32_t k = 0;
-    for (; k + 4 <= delta.rank; k += 4)
-        low_rank_rows<4>(delta.a + k * cols, delta.b + k * rows, delta.scale, x, cols, out, rows);
-    for (; k + 2 <= delta.rank; k += 2)
-        low_rank_rows<2>(delta.a + k * cols, delta.b + k * rows, delta.scale, x, cols, out, rows);
-    if (k < delta.rank) low_rank_rows<1>(delta.a + k * cols, delta.b + k * rows, delta.scale, x, cols, out, rows);
-}
-
 }  // namespace

@@ -90,8 +90,10 @@ struct Kernels {
     void (*attend)(const AttentionTask& task);
     void (*move)(const MoveTask& task);
     void (*softcap)(float* x, int64_t n, float cap);
-    // out [rows] += what an adapter adds for one token x [cols]
-    void (*low_rank)(const RvLowRank& delta, const float* x, int64_t cols, float* out, int64_t rows);
+    // c = scale * (a x) for one token x [cols] and `count` sites that read it, one after the other
+    void (*shrink)(const RvLowRank* sites, int count, const float* x, int64_t cols, float* c);
+    // out[r] += (b c)[r] for rows [begin, end), begin a multiple of kPanelRows
+    void (*expand)(const RvLowRank& delta, const float* c, int64_t begin, int64_t end, float* out);
 };
 
 inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F16 || scheme == RV_BF16; }

@@ -53,7 +53,7 @@ void RvOps::linear(const RvWeight& weight, const float* x, int64_t count, float*
         wanted.push_back({&part, out, rows});
         out += part.source.rows;
     }
-    products(in, wanted.data(), (int)wanted.size());
+    products(in, wanted.data(), (int)wanted.size(), {});
 }
 
 void RvOps::embed(const RvMatrix& weight, const int64_t* tokens, int64_t count, float* out) {

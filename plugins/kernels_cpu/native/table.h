@@ -2,10 +2,11 @@
 #pragma once
 #include "attention.h"
 #include "elementwise.h"
+#include "low_rank.h"
 #include "matmul.h"
 #include "moves.h"
 #include "pack.h"
 
 #define RV_TABLE(NAME) \
     {NAME, kTile, norm, quantize, pack, matmul, decode_row, rope, store_kv, gated, attend, move, softcap, \
-     low_rank}
+     shrink, expand}

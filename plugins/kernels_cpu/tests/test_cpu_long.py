@@ -84,11 +84,52 @@ def test_a_few_tokens_are_computed_as_if_alone(isa: str, scheme: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     assert decoder is not None
     feeder = tiny.Feeder(decoder)
-    for name in ("alone", "together"):
-        feeder.open(name, TOKENS[:400], 400)
-        feeder.feed(**{name: 120})
-    for count in (2, 3, 4, 5, 8, 9, 16):  # across the ends of runs of keys, too
-        together = feeder.feed(together=count)["together"]
-        alone = np.concatenate([feeder.feed(alone=1)["alone"] for _ in range(count)])
-        np.testing.assert_array_equal(together, alone, err_msg=f"{count} tokens")
+    for adapter in (None, adapter_of(spec, 1), adapter_of(spec, 3)):
+        rank = adapter.version if adapter else "no adapter"
+        alone, together = f"alone, {rank}", f"together, {rank}"
+        for name in (alone, together):
+            feeder.open(name, TOKENS[:400], 400, adapter=adapter)
+            feeder.feed(**{name: 120})
+        for count in (2, 3, 4, 5, 8, 9, 16):  # across the ends of runs of keys, too
+            found = feeder.feed(**{together: count})[together]
+            expected = np.concatenate([feeder.feed(**{alone: 1})[alone] for _ in range(count)])
+            np.testing.assert_array_equal(found, expected, err_msg=f"{count} tokens, {rank}")
+        for name in (alone, together):
+            feeder.cache.close(name)
+    decoder.close()
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_each_sequence_has_its_own_adapter(isa: str) -> None:
+    """Any matrices, each of its own rank, beside sequences with others and with none: as each would be alone."""
+    spec = tiny.tiny_spec(hidden_size=96, intermediate_size=160, num_heads=3, num_kv_heads=1, head_dim=24)
+    options = DecoderOptions(dtype="float32", device="cpu", threads=2, max_context=tiny.CONTEXT)
+    try:
+        decoder = CpuKernels(options, isa=isa).decoder(spec, tiny.tiny_weights(spec), options)
+    except ConfigError:
+        pytest.skip(f"this processor has no {isa}")
+    assert decoder is not None
+    reference, tokens = tiny.tiny_decoder(spec), tiny.TEXTS["c"]
+    sites = {rank: adapter_of(spec, rank).sites for rank in (1, 2, 5)}
+    named = {
+        "keys": [("attn.k", 1)],
+        "parts": [("attn.v", 5), ("attn.q", 1), ("mlp.up", 2), ("mlp.down", 5)],
+        "second": [("attn.o", 2), ("mlp.gate", 1)],
+    }
+    adapters: dict[str, Adapter | None] = {"none": None}
+    for name, chosen in named.items():
+        first = 1 if name == "second" else 0
+        places = [(f"layers.{n}.{site}", rank) for n in range(first, spec.num_layers) for site, rank in chosen]
+        adapters[name] = Adapter(name, {place: sites[rank][place] for place, rank in places})
+    feeder = tiny.Feeder(decoder)
+    for name, adapter in adapters.items():
+        feeder.open(name, tokens, adapter=adapter)
+    counts = ({"none": 1, "keys": 2, "parts": 1, "second": 1}, {"parts": 9, "none": 3, "second": 1}, {"parts": 1})
+    found = [feeder.feed(**one) for one in counts]
+    plain = tiny.whole(reference, tokens)
+    for name, adapter in adapters.items():
+        rows = np.concatenate([logits[name] for logits in found if name in logits])
+        expected = tiny.whole(reference, tokens, adapter=adapter)[: len(rows)]
+        tiny.assert_close(rows, expected, 1e-4, name)
+        assert adapter is None or not np.allclose(rows, plain[: len(rows)], atol=1e-3), f"{name} changes nothing"
     decoder.close()

@@ -173,6 +173,47 @@ def kv(
         click.echo(f"written: {files[0]}, {files[1]}", err=True)
 
 
+@command.command("lora")
+@click.argument("model")
+@click.option("--rank", type=click.IntRange(1), default=1, show_default=True, help="At every matrix of the layers.")
+@click.option("--final-rank", type=click.IntRange(1), default=2, show_default=True, help="At the final site.")
+@click.option("--prefill", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens.")
+@click.option("--decode", type=click.IntRange(1), default=16, show_default=True, help="Generated tokens.")
+@click.option("--repeats", type=click.IntRange(1), default=9, show_default=True, help="Medians of as many runs.")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
+@pass_app
+def lora(app: App, /, model: str, rank: int, final_rank: int, as_json: bool, **sizes: int) -> None:
+    """Measure what low-rank adapters cost MODEL: in its layers, at the final site, and at both.
+
+    Adapters are random. Each run with one stands between two without; prefill_cost and decode_cost are how much longer
+    it takes than those, as a share (in the table, in percent).
+    """
+    from ruvllm_cli import bench_lora
+    from ruvllm_cli.bench import Workload
+    from ruvllm_core.generate.load import load_parts
+
+    work = Workload(**sizes)
+    app.set("model", model)
+    if app.settings.max_context is None:
+        app.set("max_context", work.capacity)
+    settings = app.settings
+    parts = load_parts(settings, app.registry)
+    with closing(parts.model), closing(parts.decoder), closing(parts.backend):
+        rows = list(bench_lora.measure(parts, work, bench_lora.Ranks(rank, final_rank), settings.prefill_chunk))
+    about = {"model": parts.info.model, "scheme": parts.info.scheme, "kernels": parts.info.kernels, **sizes}
+    if not as_json:
+        columns = ("adapter", "prefill_tok_s", "decode_tok_s", "prefill_cost", "decode_cost")
+        shown = [
+            [f"{row[name]:+.1%}" if name in row and "cost" in name else _shown(row.get(name, "")) for name in columns]
+            for row in rows
+        ]
+        print_table("bench lora", columns, shown)
+    threads = settings.threads or _threads()
+    ranks = {"rank": rank, "final_rank": final_rank}
+    print_json({"benchmark": "lora", **about, **ranks, "threads": threads, "results": rows})
+
+
 def _first_token(app: App, model: str, repeats: int) -> dict[str, Any]:
     """The settings of this call reach the other process as they reached this one: in a file, and as options."""
     from ruvllm_cli.bench_start import first_token

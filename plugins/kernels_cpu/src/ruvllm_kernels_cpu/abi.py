@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 4
+VERSION = 5
 #: Matrices of a layer in the order of the C structure.
 SITES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -63,6 +63,10 @@ class Move(Structure):
 
 class LowRank(Structure):
     _fields_ = [("a", c_void_p), ("b", c_void_p), ("scale", c_float), ("rank", c_int32)]
+
+
+class Adapter(Structure):
+    _fields_ = [("sites", c_void_p), ("widest", c_int64)]
 
 
 class BatchArgs(Structure):

@@ -4,64 +4,113 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ruvllm_core.model.spec import ModelSpec
-from ruvllm_core.protocols import Adapter
+from ruvllm_core.protocols import Adapter, FloatArray, LowRank
 from ruvllm_kernels_cpu import abi
+
+#: Sites of a layer that read the same input, first and last + 1.
+_INPUTS = ((0, 3), (3, 4), (4, 6), (6, 7))
+_LARGE_PAGE, _NUMPY_ASKS = 2**21 // 4, 2**22 // 4  # floats
+_PANEL = 16  # rows of b that stand together: of rank 1, a line of memory
+
+
+class _Table(NamedTuple):
+    """Where the C structure of an adapter is, and what has to live as long."""
+
+    address: int
+    owners: tuple[Any, ...]
 
 
 class AdapterTables:
-    """For each adapter its low-rank deltas ``[layers][sites]``; the ``final`` site is not the decoder's."""
+    """For each adapter its low-rank deltas in all layers; the ``final`` site is not the decoder's."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
-        self._tables: WeakKeyDictionary[Adapter, tuple[Any, Any]] = WeakKeyDictionary()
+        names = [f"layers.{n}.{site}" for n in range(spec.num_layers) for site in abi.SITES]
+        self._shapes = {name: _site_shape(spec, name.split(".", 2)[2]) for name in names}
+        self._tables: WeakKeyDictionary[Adapter, _Table | None] = WeakKeyDictionary()
 
     def pointers(self, adapters: Sequence[Adapter | None], keep: list[Any]) -> int | None:
         """Address of one pointer a sequence, or None if none has deltas here; `keep` takes what must stay alive.
 
         Raises `ValueError` for matrices that do not fit the model.
         """
-        if not any(one is not None and one.changes_cache for one in adapters):
+        if not any(adapters):
             return None
-        found = (ctypes.c_void_p * len(adapters))()
-        for index, adapter in enumerate(adapters):
-            if adapter is None or not adapter.changes_cache:
-                continue
-            if adapter not in self._tables:
-                self._tables[adapter] = self._table(adapter)
-            keep.append(self._tables[adapter])
-            found[index] = ctypes.addressof(self._tables[adapter][0])
-        keep.append(found)
+        tables = [self._find(adapter) if adapter else None for adapter in adapters]
+        if not any(tables):
+            return None
+        found = (ctypes.c_void_p * len(adapters))(*(table and table.address for table in tables))
+        keep += [tables, found]
         return ctypes.addressof(found)
 
-    def _table(self, adapter: Adapter) -> tuple[Any, Any]:
-        """The C structure and its numbers: one array in the order in which a step reads it, as memory likes best."""
-        sites = [f"layers.{n}.{site}" for n in range(self._spec.num_layers) for site in abi.SITES]
-        found = {index: adapter.sites[site] for index, site in enumerate(sites) if site in adapter.sites}
-        for index, delta in found.items():
-            width, height = _site_shape(self._spec, abi.SITES[index % len(abi.SITES)])
-            rank = len(delta.a)
-            if delta.a.shape != (rank, width) or delta.b.shape != (height, rank) or rank < 1:
-                raise ValueError(
-                    f"adapter {adapter.version}, {sites[index]}: a {delta.a.shape} and b {delta.b.shape} "
-                    f"must be [r, {width}] and [{height}, r]"
-                )
-        table = (abi.LowRank * len(sites))()
-        numbers = np.empty(sum(delta.a.size + delta.b.size for delta in found.values()), dtype=np.float32)
-        at = 0
-        for index, delta in found.items():
-            places = []
-            for factor in (delta.a, delta.b.T):
-                numbers[at : at + factor.size] = np.ravel(factor)
-                places.append(numbers.ctypes.data + 4 * at)
-                at += factor.size
-            table[index] = abi.LowRank(*places, delta.scale, len(delta.a))
-        return table, numbers
+    def _find(self, adapter: Adapter) -> _Table | None:
+        try:
+            return self._tables[adapter]
+        except KeyError:
+            found = self._tables[adapter] = self._table(adapter) if adapter.changes_cache else None
+            return found
+
+    def _table(self, adapter: Adapter) -> _Table:
+        """The C structure and what it points to: all numbers in the order in which a step reads them."""
+        deltas = [self._delta(adapter, name) for name in self._shapes]
+        room = sum(_room(one.a.size) + _room(len(one.b)) * len(one.a) for one in deltas if one)
+        numbers = _large_pages(room)
+        base, at, widest = numbers.ctypes.data, 0, 0
+        sites = (abi.LowRank * len(deltas))()
+        for layer in range(0, len(deltas), len(abi.SITES)):
+            for first, last in _INPUTS:
+                found = [(n, one) for n in range(layer + first, layer + last) if (one := deltas[n]) is not None]
+                widest = max(widest, sum(len(delta.a) for _, delta in found))
+                for n, delta in found:
+                    numbers[at : at + delta.a.size] = delta.a.ravel()
+                    sites[n] = abi.LowRank(base + 4 * at, None, delta.scale, len(delta.a))
+                    at += delta.a.size
+                at = _room(at)
+                for n, delta in found:
+                    panels = _panels(delta.b)
+                    numbers[at : at + panels.size] = panels.ravel()
+                    sites[n].b = base + 4 * at
+                    at += panels.size
+        head = abi.Adapter(ctypes.addressof(sites), widest)
+        return _Table(ctypes.addressof(head), (head, sites, numbers))
+
+    def _delta(self, adapter: Adapter, name: str) -> LowRank | None:
+        delta = adapter.sites.get(name)
+        if delta is None:
+            return None
+        (width, height), rank = self._shapes[name], len(delta.a)
+        if delta.a.shape != (rank, width) or delta.b.shape != (height, rank) or rank < 1:
+            raise ValueError(
+                f"adapter {adapter.version}, {name}: a {delta.a.shape} and b {delta.b.shape} "
+                f"must be [r, {width}] and [{height}, r]"
+            )
+        return delta
+
+
+def _room(count: int) -> int:
+    return -(-count // _PANEL) * _PANEL
+
+
+def _large_pages(count: int) -> FloatArray:
+    """Floats that begin on a large page: of such NumPy asks the system for, on Linux, where an array has 4 MiB."""
+    numbers = np.empty(max(count, _NUMPY_ASKS) + _LARGE_PAGE, dtype=np.float32)
+    start = -(numbers.ctypes.data // 4) % _LARGE_PAGE
+    found: FloatArray = numbers[start : start + count]
+    return found
+
+
+def _panels(b: FloatArray) -> FloatArray:
+    """``[rows, rank]`` as ``[rows / 16, rank, 16]``, the last filled up with zeros."""
+    rows, rank = b.shape
+    if rows % _PANEL:
+        b = np.concatenate([b, np.zeros((-rows % _PANEL, rank), np.float32)])
+    panels: FloatArray = b.reshape(-1, _PANEL, rank).transpose(0, 2, 1)
+    return panels
 
 
 def _site_shape(spec: ModelSpec, site: str) -> tuple[int, int]:
