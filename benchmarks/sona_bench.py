@@ -1,4 +1,4 @@
-"""What feedback teaches, and what it harms: `python benchmarks/sona_bench.py` (an hour of CPU or minutes of a GPU a run).
+"""What feedback teaches, and what it harms: `python benchmarks/sona_bench.py --device cuda`, minutes on a large GPU.
 
 Every cell is one wish (see `sona/tasks.py`) and one seed under one arm: it answers prompts one after the other at
 temperature 0.8, each answer is judged 1 or 0, and that is all it ever hears. Cells of a kind learn in lockstep, with
@@ -19,7 +19,7 @@ from sona import controls
 from sona.run import Plan, run
 from sona.tasks import MAX_TOKENS, TASKS
 
-_SMALL = {"tasks": "no I", "seeds": 1, "feedback": "3", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
+_SMALL = {"tasks": "no I", "seeds": 1, "feedback": "4", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
           "chats": 1}  # fmt: skip
 
 

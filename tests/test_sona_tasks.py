@@ -12,7 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from sona import controls, lockstep, report
+from ruvllm_sona.trace import Head, eligibility
+from sona import controls, deep_arm, lockstep, report
 from sona.cells import Baseline, Cell, random_direction
 from sona.measures import Elsewhere, HeldOut, Measured
 from sona.sampling import Sampler, Shared
@@ -24,11 +25,10 @@ from ruvllm_core.generate.sampler import Distribution
 from ruvllm_core.protocols import LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.deep import DeepConfig, deep
 from ruvllm_sona.learner import Learner, LearnerConfig
 from ruvllm_sona.network import Network
-from ruvllm_sona.records import Example
 from ruvllm_sona.sites import final_site, linear_sites, start
-from ruvllm_sona.trace import Head, eligibility
 
 YES_NO = {
     "short": ("Rain is water.", " ".join(["word"] * 31)),
@@ -65,8 +65,9 @@ def test_what_one_sentence_is(text: str, score: int) -> None:
 
 def test_prompts_are_different_even_and_about_disjoint_topics() -> None:
     assert min(len(FEEDBACK_TOPICS), len(HELD_OUT_TOPICS)) >= 60
-    stems = [{stem for topic in topics for stem in topic.lower().split()} for topics in (FEEDBACK_TOPICS, HELD_OUT_TOPICS)]
-    assert stems[0] & stems[1] <= {"the", "of"}
+    both = (FEEDBACK_TOPICS, HELD_OUT_TOPICS)
+    first, second = ({word for topic in topics for word in topic.lower().split()} for topics in both)
+    assert first & second <= {"the", "of"}
     for kind, topics in (("feedback", FEEDBACK_TOPICS), ("held-out", HELD_OUT_TOPICS)):
         found = prompts(kind, 200, 3)
         assert found == prompts(kind, 200, 3) != prompts(kind, 200, 4)
@@ -178,6 +179,10 @@ def adapters(spec, rows: int) -> AdapterStack:
     return AdapterStack.of(found)
 
 
+def picked(stack: AdapterStack, rows: list[int]) -> AdapterStack:
+    return AdapterStack({name: (a[rows], b[rows]) for name, (a, b) in stack.sites.items()}, stack.scales)
+
+
 @pytest.mark.parametrize("name", tiny.FLAVOURS)
 def test_answers_are_draws_from_the_whole_network(name: str) -> None:
     """Each token is the inverse transform of its number under a forward pass over all that came before."""
@@ -189,10 +194,9 @@ def test_answers_are_draws_from_the_whole_network(name: str) -> None:
     for _ in range(2):  # a second time, over what the first left in the cache
         answers = sampler.sample(asked, luck)
         for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
-            own = AdapterStack({n: (a[row : row + 1], b[row : row + 1]) for n, (a, b) in stack.sites.items()}, stack.scales)
             assert len(answer) == 10 or answer[-1] == 1
             with torch.no_grad():
-                hidden = model.exact.hidden(torch.tensor([[*prompt, *answer]]), own)
+                hidden = model.exact.hidden(torch.tensor([[*prompt, *answer]]), picked(stack, [row]))
                 share = torch.softmax(model.exact.logits(hidden)[0].double() / 0.8, -1).cumsum(-1)
             for n, token in enumerate(answer):
                 upper = share[len(prompt) - 1 + n]
@@ -203,8 +207,7 @@ def test_cells_share_an_adapter_over_their_rows() -> None:
     stack, x, y = adapters(SPEC, 2), torch.randn(6, 4, SPEC.hidden_size), torch.randn(6, 4, SPEC.hidden_size)
     got = Shared(stack, 3).add("final", x, y)
     each = [0, 0, 0, 1, 1, 1]
-    expected = AdapterStack({n: (a[each], b[each]) for n, (a, b) in stack.sites.items()}, stack.scales).add("final", x, y)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, picked(stack, each).add("final", x, y))
 
 
 def test_held_out_answers_do_not_depend_on_how_many_are_drawn_at_once() -> None:
@@ -220,8 +223,7 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     """Each cell's adapter is what the plugin's own learner makes of the same answers and advantages."""
     model, config = subject(), LearnerConfig(learning_rate=0.01)
     shapes = linear_sites(SPEC)
-    cells = [Cell(arm, task, seed) for arm, task, seed in ((controls.LEASHED, "short", 0), (controls.SHUFFLED, "no I", 1),
-                                                            (controls.LEASHED, "no I", 2))]  # fmt: skip
+    cells = [Cell(controls.LEASHED, "short", 0), Cell(controls.SHUFFLED, "no I", 1), Cell(controls.LEASHED, "no I", 2)]
     fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2)
     for _ in range(3):
         fleet.round()
@@ -266,6 +268,27 @@ def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
             assert cell.arm != controls.FINAL or micro.stats().updates
     assert np.abs(fleet.stack.deltas(0)["final"].b).max() > 1e-3
     assert [np.abs(fleet.stack.deltas(3)["final"].b).max() > 0] == [any(told[3].quality for told in fleet.log)]
+
+
+def test_the_deep_arm_is_the_plugins_own_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = subject(), DeepConfig(learner=LearnerConfig(rank=2, learning_rate=0.02), epochs=2)
+    monkeypatch.setattr(deep_arm, "_worker", model)
+    cells = [Cell(controls.DEEP, task, seed) for task in ("short", "no I") for seed in (0, 1)]
+    told = deep_arm.stored(model, cells, 8, 5, 8)
+    assert [[one.prompt_ids for one in own] for own in told[:2]] == [
+        [one.prompt_ids for one in own] for own in told[2:]
+    ]
+    assert [[one.output_ids for one in own] for own in told[:2]] == [
+        [one.output_ids for one in own] for own in told[2:]
+    ]
+    deltas, why = deep_arm._train((told[0], [], config))
+    assert deltas is None and "8 good of 8" in why  # five tokens are always short
+    mixed = [replace(one, quality=float(n % 2)) for n, one in enumerate(told[2])]
+    deltas, why = deep_arm._train((mixed, [], config))
+    last = [found for found in deep(model.network, linear_sites(SPEC), mixed, [], config) if found is not None][-1]
+    assert (deltas is None) == (last.deltas is None) == bool(why)
+    for name, delta in (last.deltas or {}).items():
+        np.testing.assert_array_equal(deltas[name].b, delta.b)
 
 
 def test_an_adapter_that_does_nothing_harms_nothing() -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sona.tasks import TASKS, Prompt, Task, prompts
 from torch import Tensor
+
+from sona.tasks import TASKS, Prompt, Task, prompts
 
 
 @dataclass(frozen=True)

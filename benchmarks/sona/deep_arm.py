@@ -7,24 +7,25 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
-from sona.cells import Cell
-from sona.lockstep import TEMPERATURE
-from sona.measures import HeldOut
-from sona.subject import Subject
-from sona.texts import ANCHORS, FEEDBACK_LUCK, uniforms
-
 from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import LowRank
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites, start
+from sona.cells import Cell
+from sona.lockstep import TEMPERATURE
+from sona.measures import HeldOut
+from sona.subject import Subject
+from sona.texts import ANCHORS, FEEDBACK_LUCK, uniforms
 
 _ANCHOR_LUCK = 4
 _worker: Subject | None = None
 
 
-def stored(subject: Subject, cells: Sequence[Cell], feedback: int, max_tokens: int, at_once: int) -> list[list[Example]]:
+def stored(
+    subject: Subject, cells: Sequence[Cell], feedback: int, max_tokens: int, at_once: int
+) -> list[list[Example]]:
     """What each cell's user thought of the base model's answers to its prompts."""
     seeds = sorted({cell.seed for cell in cells})
     prompts = {seed: _of(cells, seed).feedback_prompts(feedback) for seed in seeds}
@@ -51,8 +52,13 @@ def anchors(subject: Subject, max_tokens: int) -> list[tuple[int, ...]]:
 
 
 def train(
-    subject: Subject, model: str, dtype: str, cells: Sequence[Cell], examples: Sequence[Sequence[Example]],
-    texts: Sequence[Sequence[int]], workers: int,
+    subject: Subject,
+    model: str,
+    dtype: str,
+    cells: Sequence[Cell],
+    examples: Sequence[Sequence[Example]],
+    texts: Sequence[Sequence[int]],
+    workers: int,
 ) -> tuple[AdapterStack, list[str]]:
     """An adapter for each cell, and why some have none; those are the base model's."""
     device = str(subject.network.device)

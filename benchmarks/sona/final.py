@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from sona.cells import Cell
-from sona.controls import ORIGINAL
-from sona.lockstep import Fleet
-from sona.subject import Subject
+from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
+from ruvllm_sona.trace import Trace
 from torch import Tensor
 
 from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.learner import LearnerConfig
-from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network, padded
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import final_site
-from ruvllm_sona.trace import Trace
+from sona.cells import Cell
+from sona.controls import ORIGINAL
+from sona.lockstep import Fleet
+from sona.subject import Subject
 
 #: The original's example: `lora.apply_updates(0.01)`.
 _ORIGINAL_RATE = 0.01

@@ -67,6 +67,8 @@ class Plan:
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
     """Run it, print the tables, return the report."""
+    if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
+        from sona.final import FinalFleet, MicroLoRAConfig
     subject = Subject.load(plan.model, plan.device, plan.dtype)
     say(f"loaded {plan.model}, products in {subject.network.dtype}")
     held_out = HeldOut(subject, plan.held_out, plan.max_tokens, plan.at_once)
@@ -91,8 +93,6 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
                 rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, say)
             del fleet  # it holds memory
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
-        from sona.final import FinalFleet, MicroLoRAConfig
-
         micro = MicroLoRAConfig.for_hidden_dim(subject.exact.spec.hidden_size)
         last = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
         rows += _learn(plan, last, held_out, elsewhere, say)
