@@ -22,6 +22,8 @@ from sona.tasks import MAX_TOKENS, TASKS
 _SMALL = {"tasks": "no I", "seeds": 1, "feedback": "4", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
           "chats": 1}  # fmt: skip
 
+_FLOATS = ("learning_rate", "leash", "saturation", "budget")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,9 +43,10 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1024, help="rows that are answered at once")
     parser.add_argument("--train-at-once", type=int, default=64, help="cells in one backward pass")
     parser.add_argument("--deep-workers", type=int, default=1, help="processes of deep training, side by side")
-    parser.add_argument("--rank", type=int, help="of whole-network adapters; left out, the plugin's own")
-    parser.add_argument("--learning-rate", type=float, help="left out, the plugin's own")
-    parser.add_argument("--leash", type=float, help="left out, the plugin's own")
+    learner = parser.add_argument_group("whole-network learning", "what is left out is as the plugin has it")
+    learner.add_argument("--rank", type=int)
+    for name in _FLOATS:
+        learner.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell")
     parser.add_argument("--small", action="store_true", help="a trial run of a minute on two cores")
     args = parser.parse_args()
@@ -67,19 +70,28 @@ def main() -> None:
         at_once=args.at_once,
         train_at_once=args.train_at_once,
         deep_workers=args.deep_workers,
-        learner={
-            name: value
-            for name, value in (("rank", args.rank), ("learning_rate", args.learning_rate), ("leash", args.leash))
-            if value is not None
-        },
+        learner={name: getattr(args, name) for name in ("rank", *_FLOATS) if getattr(args, name) is not None},
     )
     began = time.perf_counter()
     report = run(plan, lambda line: print(f"{time.perf_counter() - began:7.1f} s  {line}", file=sys.stderr, flush=True))
     report["seconds"] = round(time.perf_counter() - began, 1)
     if args.out is not None:
-        args.out.write_text(json.dumps(report), encoding="utf-8")
+        args.out.write_text(_json(report), encoding="utf-8")
     report.pop("rows")
-    print(json.dumps(report))
+    print(_json(report))
+
+
+def _json(value: object) -> str:
+    """JSON, which has no infinity: a limit that is none is null."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return None if value == float("inf") else value
+
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def _chosen(given: str, known: object, parser: argparse.ArgumentParser) -> tuple[str, ...]:

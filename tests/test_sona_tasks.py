@@ -12,9 +12,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from ruvllm_sona.trace import Head, eligibility
 from sona import controls, deep_arm, lockstep, report
 from sona.cells import Baseline, Cell, random_direction
+from sona.final import FinalFleet
 from sona.measures import Elsewhere, HeldOut, Measured
 from sona.sampling import Sampler, Shared
 from sona.tasks import TASKS, Prompt, on_topic, prompts
@@ -27,8 +27,10 @@ from ruvllm_core.testing import tiny
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.deep import DeepConfig, deep
 from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network
 from ruvllm_sona.sites import final_site, linear_sites, start
+from ruvllm_sona.trace import Head, eligibility
 
 YES_NO = {
     "short": ("Rain is water.", " ".join(["word"] * 31)),
@@ -243,12 +245,11 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
 
 def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
     """Traces of many answers at once against those that the plugin takes of one, and the step that follows."""
-    final = pytest.importorskip("sona.final")
     model = subject()
     cells = [Cell(controls.FINAL, "no I", seed) for seed in range(3)] + [Cell(controls.ORIGINAL, "no I", 7)]
-    config = final.MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
-    fleet = final.FinalFleet(model, cells, config, 4, 6, 2)
-    micros = [final.MicroLoRA(replace(config, seed=cell.seed)) for cell in cells]
+    config = MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
+    fleet = FinalFleet(model, cells, config, 4, 6, 2)
+    micros = [MicroLoRA(replace(config, seed=cell.seed)) for cell in cells]
     head = Head.of(SPEC, tiny.tiny_weights(SPEC))
     everything = np.arange(SPEC.vocab_size)
     for _ in range(4):

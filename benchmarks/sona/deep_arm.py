@@ -17,9 +17,8 @@ from sona.cells import Cell
 from sona.lockstep import TEMPERATURE
 from sona.measures import HeldOut
 from sona.subject import Subject
-from sona.texts import ANCHORS, FEEDBACK_LUCK, uniforms
+from sona.texts import FEEDBACK_LUCK, uniforms
 
-_ANCHOR_LUCK = 4
 _worker: Subject | None = None
 
 
@@ -41,14 +40,6 @@ def stored(
         ]
         for cell in cells
     ]
-
-
-def anchors(subject: Subject, max_tokens: int) -> list[tuple[int, ...]]:
-    """Chats that nobody rated, with the base model's answers; others than those it is measured on."""
-    asked = [subject.chat(text) for text in ANCHORS]
-    luck = [uniforms(len(asked), max_tokens, _ANCHOR_LUCK)]
-    (answers,) = HeldOut(subject, len(asked), max_tokens, len(asked)).answers([list(ANCHORS)], luck, None)
-    return [(*prompt, *answer) for prompt, answer in zip(asked, answers, strict=True)]
 
 
 def train(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.anchors import anchor_tokens
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.micro_config import MicroLoRAConfig
+from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites
 from sona import asking, controls
 from sona.cells import Cell, random_direction
-from sona.deep_arm import anchors, stored, train
+from sona.deep_arm import stored, train
+from sona.final import FinalFleet
 from sona.lockstep import Fleet, copied
 from sona.measures import Elsewhere, HeldOut, Measured, held_out_luck, judged
 from sona.report import print_tables, summary
@@ -56,19 +60,15 @@ class Plan:
 
     def learner_config(self) -> LearnerConfig:
         """The plugin's own settings, but for what was asked for."""
-        given = dict(self.learner)
+        known = {one.name for one in fields(ObjectiveConfig)}
+        objective = {name: value for name, value in self.learner.items() if name in known}
+        own: dict[str, Any] = {name: value for name, value in self.learner.items() if name not in known}
         config = LearnerConfig()
-        if (leash := given.pop("leash", None)) is not None:
-            config = replace(config, objective=replace(config.objective, leash=leash))
-        if (rank := given.pop("rank", None)) is not None:
-            config = replace(config, rank=int(rank))
-        return replace(config, **given)
+        return replace(config, **own, objective=replace(config.objective, **objective))
 
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
     """Run it, print the tables, return the report."""
-    if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
-        from sona.final import FinalFleet, MicroLoRAConfig
     subject = Subject.load(plan.model, plan.device, plan.dtype)
     say(f"loaded {plan.model}, products in {subject.network.dtype}")
     held_out = HeldOut(subject, plan.held_out, plan.max_tokens, plan.at_once)
@@ -130,7 +130,7 @@ def _deep(
     held_out: HeldOut, elsewhere: Elsewhere, say: Say,
 ) -> list[Measured]:  # fmt: skip
     subject = held_out.subject
-    texts = anchors(subject, plan.max_tokens)
+    texts = anchor_tokens(subject.tokenizer)
     stack, why = train(subject, plan.model, plan.dtype, cells, told, texts, plan.deep_workers)
     say(f"deep training of {len(cells)} cells; {len(why)} were left alone" + (f": {why[0]}" if why else ""))
     return measured(plan, cells, stack, plan.checkpoints[-1], held_out, elsewhere)
