@@ -53,10 +53,13 @@ def main() -> None:
     if args.small:
         for name, value in _SMALL.items():
             setattr(args, name, value)
+    arms = _chosen(args.arms, controls.ARMS, parser)
+    if controls.LEASHED not in arms and (without := set(arms) & set(controls.FOLLOWERS)):
+        parser.error(f"{', '.join(sorted(without))} cannot be run without {controls.LEASHED}, which it starts from")
     plan = Plan(
         model=args.model,
         tasks=_chosen(args.tasks, TASKS, parser),
-        arms=_chosen(args.arms, controls.ARMS, parser),
+        arms=arms,
         seeds=args.seeds,
         checkpoints=tuple(sorted({int(part) for part in args.feedback.split(",")})),
         held_out=args.held_out,

@@ -49,4 +49,5 @@ def random_direction(start: Tensor, end: Tensor, generator: torch.Generator) -> 
     drawn = torch.randn(start.shape, generator=generator).to(start.device)
     shape = (len(start), *[1] * (start.dim() - 1))
     wanted, found = ((end - start).flatten(1).norm(dim=1), drawn.flatten(1).norm(dim=1))
-    return start + drawn * (wanted / found).view(shape)
+    moved: Tensor = start + drawn * (wanted / found).view(shape)
+    return moved

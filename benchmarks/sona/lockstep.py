@@ -79,7 +79,7 @@ class Fleet:
             work = gradients(self.subject.network, rows, examples[part], advantages[part], self.config.objective)
             for _ in work:
                 pass
-        norms = torch._foreach_norm([factor.grad for factor in self.stack.parameters()])
+        norms = torch._foreach_norm([factor.grad for factor in self.stack.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")
         self._adam.step()

@@ -125,7 +125,7 @@ class Elsewhere:
         targets = self._windows[:, 1:].flatten()
         sums = [
             torch.nn.functional.cross_entropy(network.logits(rows), wanted, reduction="sum")
-            for rows, wanted in zip(hidden.split(_TOKENS), targets.split(_TOKENS), strict=True)
+            for rows, wanted in zip(torch.split(hidden, _TOKENS), torch.split(targets, _TOKENS), strict=True)
         ]
         return torch.stack(sums).sum() / len(targets)
 

@@ -108,7 +108,7 @@ class Sampler:
             self._graph.replay()
         else:
             before = self._token.clone(), self._position.clone()
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._advance()
