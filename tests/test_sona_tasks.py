@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import realdata
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -300,3 +303,24 @@ def test_an_adapter_that_does_nothing_harms_nothing() -> None:
     assert elsewhere.measure(idle, 0) == pytest.approx((1.0, 0.0), abs=1e-6)
     ratio, kl = elsewhere.measure(adapters(SPEC, 2), 1)
     assert ratio != pytest.approx(1.0, abs=1e-3) and kl > 1e-3
+
+
+@pytest.mark.slow
+def test_a_small_run_prints_every_column() -> None:
+    """The whole program on a real model: every arm, every figure, and one JSON line that ends it."""
+    script = Path(report.__file__).resolve().parent.parent / "sona_bench.py"
+    command = [sys.executable, str(script), "--small", "--model", str(realdata.smollm2_gguf())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, last = done.stdout.splitlines()
+    table = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
+    head = ["arm", "feedbacks", "gain, points (95 %)", "perplexity, mean (worst)", "KL a token", "on topic"]
+    begin = table.index(head)
+    arms = [row[0] for row in table[begin + 2 :] if len(row) == len(head)]
+    assert arms == [controls.ARMS[arm] for arm in controls.DEFAULT]
+    found = json.loads(last)
+    assert [one["arm"] for one in found["summary"]] == list(controls.DEFAULT)
+    by_arm = {one["arm"]: one for one in found["summary"]}
+    assert all(np.isfinite([one["gain"], one["perplexity_percent"], one["kl"]]).all() for one in by_arm.values())
+    # What learns has moved, and the rest stands where it stood.
+    assert by_arm["leashed"]["kl"] > 0 and by_arm["final"]["kl"] > 0 and by_arm["base"]["kl"] == 0
