@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ruvllm_core.hookspecs import Offer, hookimpl
+from ruvllm_sona.settings import SonaSettings
 
 RUVLLM_API_VERSION = 1
+Settings = SonaSettings
 
 
 @hookimpl

@@ -61,6 +61,7 @@ class Learner:
         self._stack.below = self._below
         self._adam = torch.optim.Adam(self._stack.parameters(), lr=self._config.learning_rate, foreach=True)
         self.steps = 0
+        self.predicted = 0.0
 
     def deltas(self) -> dict[str, LowRank]:
         """A copy of what has been learned, without what lies below."""
@@ -75,7 +76,8 @@ class Learner:
     ) -> Iterator[Outcome | None]:
         """One step of Adam on the sum over `examples`; the last thing yielded is the outcome.
 
-        `reference` is what the leash is tied to; None is the base model.
+        `reference` is what the leash is tied to; None is the base model. Afterwards `predicted` is by how much the loss
+        should have fallen, to first order.
 
         Raises `LearningError`, and changes nothing, if a gradient is not finite.
         """
@@ -88,16 +90,21 @@ class Learner:
         if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
             self._adam.zero_grad()
             raise LearningError("the gradient of these answers is not finite, nothing was learned from them")
+        before = [factor.detach().clone() for factor in self._stack.parameters()]
         self._adam.step()
+        self.predicted = -sum(
+            float(torch.vdot(factor.grad.flatten(), (factor.detach() - was).flatten()))
+            for factor, was in zip(self._stack.parameters(), before, strict=True)
+            if factor.grad is not None
+        )
         self._adam.zero_grad()
         self.steps += 1
         yield outcome
 
-    def scale(self, factor: float) -> None:
-        """Make what has been learned smaller, exactly: B is multiplied, so the product is."""
-        with torch.no_grad():
-            for _, b in self._stack.sites.values():
-                b.mul_(factor)
+    def rate(self, learning_rate: float) -> None:
+        """Take steps of this size from now on."""
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate
 
     def state(self) -> dict[str, FloatArray]:
         """Factors and Adam's moments by name, copied; `restore` takes them."""

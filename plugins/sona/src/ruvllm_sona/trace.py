@@ -11,6 +11,7 @@ The gradient of the log-probability of what was drawn, under the distribution it
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,8 @@ from ruvllm_core.protocols import FloatArray, LowRank
 Array = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
-#: Values of the output projection that are kept between two passes over it: 32 MiB. More are decoded twice.
-_HELD_VALUES = 1 << 23
+#: Values of the output projection that are kept between two passes over it: 16 MiB. More are decoded twice.
+_HELD_VALUES = 1 << 22
 #: Multiplications in one product: few enough for a core's cache, and for BLAS libraries to leave it to one thread.
 #: Spread over cores that others use, such thin products wait far longer than they compute.
 _BLOCK_PRODUCTS = 1 << 18
@@ -75,15 +76,15 @@ class Head:
         """A model's; that of tied embeddings is the embedding."""
         return cls(weights["embed" if spec.tied_embeddings else "lm_head"], spec.logit_softcap)
 
-    def rows(self, ids: Ints) -> FloatArray:
-        """Float32 ``[k, C]``. Raises `LearningError` for a token that the model does not have."""
+    def rows(self, ids: Ints, out: FloatArray | None = None) -> FloatArray:
+        """Float32 ``[k, C]``, in `out` if given. Raises `LearningError` for a token that the model does not have."""
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.weight.num_rows:
             raise LearningError(
                 f"tokens {int(ids.min())} to {int(ids.max())} do not fit a vocabulary of {self.weight.num_rows}",
                 hint="the answer was drawn by another model",
             )
         picked = QuantTensor(self.weight.scheme, (len(ids), self.weight.columns), self.weight.data[ids])
-        return dequantize(picked, threads=1)
+        return dequantize(picked, out, threads=1)
 
 
 def why_untraceable(
@@ -201,17 +202,18 @@ class _Support:
         self.pull = ((ids == drawn[self.token]) - self.share) * self.slope
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """W block after block, ``[k, C]``, and which of `ids` its rows are of."""
+        """W block after block, ``[k, C]``, and which of `ids` its rows are of; good until the next support's."""
         if self._kept:
             yield from self._kept
             return
         rank, width = self.a.shape
         step = max(_BLOCK_PRODUCTS // (rank * width), 16)
         keep = len(self.ids) * width <= _HELD_VALUES
-        kept = []
+        kept, space = [], _space(len(self.ids) if keep else step, width)
         for start in range(0, len(self.ids), step):
             ids = slice(start, min(start + step, len(self.ids)))
-            block = ids, self.head.rows(self.ids[ids]).astype(self.hidden.dtype, copy=False)
+            room = space[ids] if keep else space[: ids.stop - start]
+            block = ids, self.head.rows(self.ids[ids], room).astype(self.hidden.dtype, copy=False)
             if keep:
                 kept.append(block)
             yield block
@@ -264,6 +266,17 @@ class _Support:
             seen = (values[place] == ids) & (first[place] < self.token)
             seen |= np.isin(ids, np.asarray(prompt_ids, np.int64))
             self.slope *= np.where(seen, np.where(logits > 0, 1.0 / penalty, penalty), 1.0)
+
+
+_own = threading.local()
+
+
+def _space(rows: int, width: int) -> FloatArray:
+    """Room for rows of W, each thread's own and the same every time: new memory costs as much as decoding into it."""
+    flat: FloatArray | None = getattr(_own, "flat", None)
+    if flat is None or len(flat) < rows * width:
+        flat = _own.flat = np.empty(rows * width, np.float32)
+    return flat[: rows * width].reshape(rows, width)
 
 
 def _spread(
