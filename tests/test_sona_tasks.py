@@ -32,6 +32,7 @@ from ruvllm_sona.deep import DeepConfig, deep
 from ruvllm_sona.learner import Learner, LearnerConfig
 from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network
+from ruvllm_sona.patterns import PatternBank
 from ruvllm_sona.sites import final_site, linear_sites, start
 from ruvllm_sona.trace import Head, eligibility
 
@@ -112,11 +113,11 @@ def test_shuffled_feedback_is_the_verdict_on_the_answer_before() -> None:
     assert [controls.feedback_of(controls.LEASHED, score, 1) for score in (0, 1)] == [0, 1]
 
 
-def test_the_baseline_is_the_mean_of_what_came_before() -> None:
-    baseline = Baseline(2)
-    assert baseline.advantages([1.0, 0.0]) == [0.5, -0.5]
-    assert baseline.advantages([1.0, 0.0]) == [1 - 1.5 / 2, -0.25]
-    assert baseline.advantages([0.0, 1.0]) == [-2.5 / 3, 1 - 0.5 / 3]
+def test_the_baseline_is_that_of_the_plugin() -> None:
+    bank, baseline = PatternBank(4), Baseline(2)
+    for n, quality in enumerate([1.0, 1.0, 0.0, 0.3, *[0.9] * 100]):
+        expected = bank.learn(str(n), np.zeros(4, np.float32), quality, 0)
+        assert baseline.advantages([quality, 0.5]) == pytest.approx([expected, 0.0])
 
 
 def test_a_random_direction_is_as_far_in_every_cell() -> None:
@@ -276,7 +277,7 @@ def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
 
 def test_the_deep_arm_is_the_plugins_own_training(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = subject(), DeepConfig(learner=LearnerConfig(rank=2, learning_rate=0.02), epochs=2)
-    monkeypatch.setattr(deep_arm, "_worker", model)
+    monkeypatch.setattr(deep_arm, "_worker", model.network)
     cells = [Cell(controls.DEEP, task, seed) for task in ("short", "no I") for seed in (0, 1)]
     told = deep_arm.stored(model, cells, 8, 5, 8)
     assert [[one.prompt_ids for one in own] for own in told[:2]] == [

@@ -11,15 +11,16 @@ from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import LowRank
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
+from ruvllm_sona.network import Network
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites, start
 from sona.cells import Cell
 from sona.lockstep import TEMPERATURE
 from sona.measures import HeldOut
-from sona.subject import Subject
+from sona.subject import Subject, load_network, open_file
 from sona.texts import FEEDBACK_LUCK, uniforms
 
-_worker: Subject | None = None
+_worker: Network | None = None
 
 
 def stored(
@@ -64,7 +65,7 @@ def train(
 
 def _load(model: str, device: str, dtype: str) -> None:
     global _worker
-    _worker = Subject.load(model, device, dtype)
+    _worker = load_network(open_file(model), device, dtype)
 
 
 def _train(job: tuple[Sequence[Example], Sequence[Sequence[int]], DeepConfig]) -> tuple[dict[str, LowRank] | None, str]:
@@ -72,7 +73,7 @@ def _train(job: tuple[Sequence[Example], Sequence[Sequence[int]], DeepConfig]) -
     assert _worker is not None
     last: DeepProgress | None = None
     try:
-        for progress in deep(_worker.network, linear_sites(_worker.network.spec), examples, texts, config):
+        for progress in deep(_worker, linear_sites(_worker.spec), examples, texts, config):
             last = progress or last
     except LearningError as error:
         return None, str(error)

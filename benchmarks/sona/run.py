@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.micro_config import MicroLoRAConfig
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
+from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import linear_sites
 from sona import asking, controls
 from sona.cells import Cell, random_direction
@@ -58,13 +59,9 @@ class Plan:
         """Those of the arms that are to be run."""
         return [cell for arm in arms if arm in self.arms for cell in self.with_arm(arm)]
 
-    def learner_config(self) -> LearnerConfig:
+    def settings(self) -> SonaSettings:
         """The plugin's own settings, but for what was asked for."""
-        known = {one.name for one in fields(ObjectiveConfig)}
-        objective = {name: value for name, value in self.learner.items() if name in known}
-        own: dict[str, Any] = {name: value for name, value in self.learner.items() if name not in known}
-        config = LearnerConfig()
-        return replace(config, **own, objective=replace(config.objective, **objective))
+        return SonaSettings.model_validate(dict(self.learner))
 
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
@@ -82,18 +79,20 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     elsewhere = Elsewhere(
         subject, windows(subject, other_text(plan.text), plan.windows, plan.window), plan.chats, plan.max_tokens
     )
-    config, shapes = plan.learner_config(), linear_sites(subject.network.spec)
+    own, shapes = plan.settings(), linear_sites(subject.network.spec)
+    config = LearnerConfig(own.rank, own.learning_rate, ObjectiveConfig(own.leash, own.saturation, own.budget))
     free = replace(config, objective=replace(config.objective, leash=0.0))
-    for arms, own in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
+    for arms, chosen in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
         if cells := plan.cells(*arms):
-            fleet = Fleet(subject, cells, shapes, own, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+            fleet = Fleet(subject, cells, shapes, chosen, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 heard = [[told[n] for told in fleet.log] for n in range(len(plan.with_arm(controls.LEASHED)))]
                 rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, say)
             del fleet  # it holds memory
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
-        micro = MicroLoRAConfig.for_hidden_dim(subject.exact.spec.hidden_size)
+        width = subject.exact.spec.hidden_size
+        micro = MicroLoRAConfig(width, own.instant_rank, learning_rate=own.instant_rate, trust_nats=own.trust_nats)
         last = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
         rows += _learn(plan, last, held_out, elsewhere, say)
     if cells := plan.cells(controls.DEEP):
@@ -105,7 +104,7 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if plan.device.startswith("cuda") else plan.device,
         "dtype": str(subject.network.dtype).removeprefix("torch."),
         "plan": {**asdict(plan), "text": plan.text.name if plan.text else "Python's language reference"},
-        "learner": asdict(config),
+        "settings": own.model_dump(mode="json"),
         "summary": summary(rows),
         "rows": [asdict(row) for row in rows],
     }
