@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from sona import controls
 from sona.run import Plan, run
@@ -47,7 +48,7 @@ def main() -> None:
     learner.add_argument("--rank", type=int)
     for name in _FLOATS:
         learner.add_argument(f"--{name.replace('_', '-')}", type=float)
-    parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell")
+    parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell, kind by kind")
     parser.add_argument("--small", action="store_true", help="a trial run of a minute on two cores")
     args = parser.parse_args()
     if args.small:
@@ -76,10 +77,17 @@ def main() -> None:
         learner={name: getattr(args, name) for name in ("rank", *_FLOATS) if getattr(args, name) is not None},
     )
     began = time.perf_counter()
-    report = run(plan, lambda line: print(f"{time.perf_counter() - began:7.1f} s  {line}", file=sys.stderr, flush=True))
-    report["seconds"] = round(time.perf_counter() - began, 1)
-    if args.out is not None:
-        args.out.write_text(_json(report), encoding="utf-8")
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
+
+    def save(report: dict[str, Any]) -> None:
+        report["seconds"] = round(time.perf_counter() - began, 1)
+        if args.out is not None:
+            args.out.write_text(_json(report), encoding="utf-8")
+
+    report = run(plan, say, save)
+    save(report)
     report.pop("rows")
     print(_json(report))
 

@@ -64,8 +64,8 @@ class Plan:
         return SonaSettings.model_validate(dict(self.learner))
 
 
-def run(plan: Plan, say: Say) -> dict[str, Any]:
-    """Run it, print the tables, return the report."""
+def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run it, print the tables, return the report; `save` gets what there is of it whenever a kind of arms is done."""
     subject = Subject.load(plan.model, plan.device, plan.dtype)
     say(f"loaded {plan.model}, products in {subject.network.dtype}")
     held_out = HeldOut(subject, plan.held_out, plan.max_tokens, plan.at_once)
@@ -86,6 +86,7 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
         if cells := plan.cells(*arms):
             fleet = Fleet(subject, cells, shapes, chosen, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
+            save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 heard = [[told[n] for told in fleet.log] for n in range(len(plan.with_arm(controls.LEASHED)))]
                 rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, say)
@@ -95,10 +96,15 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
         micro = MicroLoRAConfig(width, own.instant_rank, learning_rate=own.instant_rate, trust_nats=own.trust_nats)
         last = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
         rows += _learn(plan, last, held_out, elsewhere, say)
+        save(_report(plan, subject, own, rows))
     if cells := plan.cells(controls.DEEP):
         told = stored(subject, cells, plan.checkpoints[-1], plan.max_tokens, plan.at_once)
         rows += _deep(plan, cells, told, held_out, elsewhere, say)
     print_tables(rows)
+    return _report(plan, subject, own, rows)
+
+
+def _report(plan: Plan, subject: Subject, own: SonaSettings, rows: Sequence[Measured]) -> dict[str, Any]:
     return {
         "benchmark": "sona",
         "device": torch.cuda.get_device_name() if plan.device.startswith("cuda") else plan.device,
@@ -115,7 +121,9 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
     for number in range(1, plan.checkpoints[-1] + 1):
         scores = fleet.round()
         if number % 10 == 0:
-            say(f"{len(scores)} cells, feedback {number}: {sum(scores) / len(scores):.2f} of the answers were right")
+            arms = dict.fromkeys(cell.arm for cell in fleet.cells)
+            own = {arm: [s for cell, s in zip(fleet.cells, scores, strict=True) if cell.arm == arm] for arm in arms}
+            say(f"feedback {number}: " + ", ".join(f"{arm} {sum(s) / len(s):.2f}" for arm, s in own.items()))
         if number in plan.checkpoints:
             rows += measured(plan, fleet.cells, fleet.stack, number, held_out, elsewhere)
             if controls.RANDOM in plan.arms and fleet.cells[0].arm == controls.LEASHED:
