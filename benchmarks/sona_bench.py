@@ -1,4 +1,4 @@
-"""What feedback teaches, and what it harms: `python benchmarks/sona_bench.py` (an hour of CPU or minutes of a GPU a run).
+"""What feedback teaches, and what it harms: `python benchmarks/sona_bench.py --device cuda`, minutes on a large GPU.
 
 Every cell is one wish (see `sona/tasks.py`) and one seed under one arm: it answers prompts one after the other at
 temperature 0.8, each answer is judged 1 or 0, and that is all it ever hears. Cells of a kind learn in lockstep, with
@@ -14,13 +14,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from sona import controls
 from sona.run import Plan, run
 from sona.tasks import MAX_TOKENS, TASKS
 
-_SMALL = {"tasks": "no I", "seeds": 1, "feedback": "3", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
+_SMALL = {"tasks": "no I", "seeds": 1, "feedback": "4", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
           "chats": 1}  # fmt: skip
+
+_FLOATS = ("learning_rate", "leash", "saturation", "budget")
 
 
 def main() -> None:
@@ -41,19 +44,23 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1024, help="rows that are answered at once")
     parser.add_argument("--train-at-once", type=int, default=64, help="cells in one backward pass")
     parser.add_argument("--deep-workers", type=int, default=1, help="processes of deep training, side by side")
-    parser.add_argument("--rank", type=int, help="of whole-network adapters; left out, the plugin's own")
-    parser.add_argument("--learning-rate", type=float, help="left out, the plugin's own")
-    parser.add_argument("--leash", type=float, help="left out, the plugin's own")
-    parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell")
+    learner = parser.add_argument_group("whole-network learning", "what is left out is as the plugin has it")
+    learner.add_argument("--rank", type=int)
+    for name in _FLOATS:
+        learner.add_argument(f"--{name.replace('_', '-')}", type=float)
+    parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell, kind by kind")
     parser.add_argument("--small", action="store_true", help="a trial run of a minute on two cores")
     args = parser.parse_args()
     if args.small:
         for name, value in _SMALL.items():
             setattr(args, name, value)
+    arms = _chosen(args.arms, controls.ARMS, parser)
+    if controls.LEASHED not in arms and (without := set(arms) & set(controls.FOLLOWERS)):
+        parser.error(f"{', '.join(sorted(without))} cannot be run without {controls.LEASHED}, which it starts from")
     plan = Plan(
         model=args.model,
         tasks=_chosen(args.tasks, TASKS, parser),
-        arms=_chosen(args.arms, controls.ARMS, parser),
+        arms=arms,
         seeds=args.seeds,
         checkpoints=tuple(sorted({int(part) for part in args.feedback.split(",")})),
         held_out=args.held_out,
@@ -67,19 +74,35 @@ def main() -> None:
         at_once=args.at_once,
         train_at_once=args.train_at_once,
         deep_workers=args.deep_workers,
-        learner={
-            name: value
-            for name, value in (("rank", args.rank), ("learning_rate", args.learning_rate), ("leash", args.leash))
-            if value is not None
-        },
+        learner={name: getattr(args, name) for name in ("rank", *_FLOATS) if getattr(args, name) is not None},
     )
     began = time.perf_counter()
-    report = run(plan, lambda line: print(f"{time.perf_counter() - began:7.1f} s  {line}", file=sys.stderr, flush=True))
-    report["seconds"] = round(time.perf_counter() - began, 1)
-    if args.out is not None:
-        args.out.write_text(json.dumps(report), encoding="utf-8")
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - began:7.1f} s  {line}", file=sys.stderr, flush=True)
+
+    def save(report: dict[str, Any]) -> None:
+        report["seconds"] = round(time.perf_counter() - began, 1)
+        if args.out is not None:
+            args.out.write_text(_json(report), encoding="utf-8")
+
+    report = run(plan, say, save)
+    save(report)
     report.pop("rows")
-    print(json.dumps(report))
+    print(_json(report))
+
+
+def _json(value: object) -> str:
+    """JSON, which has no infinity: a limit that is none is null."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return None if value == float("inf") else value
+
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def _chosen(given: str, known: object, parser: argparse.ArgumentParser) -> tuple[str, ...]:

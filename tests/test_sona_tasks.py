@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import realdata
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from sona import controls, lockstep, report
+from sona import controls, deep_arm, lockstep, report
 from sona.cells import Baseline, Cell, random_direction
+from sona.final import FinalFleet
 from sona.measures import Elsewhere, HeldOut, Measured
 from sona.sampling import Sampler, Shared
 from sona.tasks import TASKS, Prompt, on_topic, prompts
@@ -24,9 +28,11 @@ from ruvllm_core.generate.sampler import Distribution
 from ruvllm_core.protocols import LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.deep import DeepConfig, deep
 from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network
-from ruvllm_sona.records import Example
+from ruvllm_sona.patterns import PatternBank
 from ruvllm_sona.sites import final_site, linear_sites, start
 from ruvllm_sona.trace import Head, eligibility
 
@@ -65,8 +71,9 @@ def test_what_one_sentence_is(text: str, score: int) -> None:
 
 def test_prompts_are_different_even_and_about_disjoint_topics() -> None:
     assert min(len(FEEDBACK_TOPICS), len(HELD_OUT_TOPICS)) >= 60
-    stems = [{stem for topic in topics for stem in topic.lower().split()} for topics in (FEEDBACK_TOPICS, HELD_OUT_TOPICS)]
-    assert stems[0] & stems[1] <= {"the", "of"}
+    both = (FEEDBACK_TOPICS, HELD_OUT_TOPICS)
+    first, second = ({word for topic in topics for word in topic.lower().split()} for topics in both)
+    assert first & second <= {"the", "of"}
     for kind, topics in (("feedback", FEEDBACK_TOPICS), ("held-out", HELD_OUT_TOPICS)):
         found = prompts(kind, 200, 3)
         assert found == prompts(kind, 200, 3) != prompts(kind, 200, 4)
@@ -106,11 +113,11 @@ def test_shuffled_feedback_is_the_verdict_on_the_answer_before() -> None:
     assert [controls.feedback_of(controls.LEASHED, score, 1) for score in (0, 1)] == [0, 1]
 
 
-def test_the_baseline_is_the_mean_of_what_came_before() -> None:
-    baseline = Baseline(2)
-    assert baseline.advantages([1.0, 0.0]) == [0.5, -0.5]
-    assert baseline.advantages([1.0, 0.0]) == [1 - 1.5 / 2, -0.25]
-    assert baseline.advantages([0.0, 1.0]) == [-2.5 / 3, 1 - 0.5 / 3]
+def test_the_baseline_is_that_of_the_plugin() -> None:
+    bank, baseline = PatternBank(4), Baseline(2)
+    for n, quality in enumerate([1.0, 1.0, 0.0, 0.3, *[0.9] * 100]):
+        expected = bank.learn(str(n), np.zeros(4, np.float32), quality, 0)
+        assert baseline.advantages([quality, 0.5]) == pytest.approx([expected, 0.0])
 
 
 def test_a_random_direction_is_as_far_in_every_cell() -> None:
@@ -178,6 +185,10 @@ def adapters(spec, rows: int) -> AdapterStack:
     return AdapterStack.of(found)
 
 
+def picked(stack: AdapterStack, rows: list[int]) -> AdapterStack:
+    return AdapterStack({name: (a[rows], b[rows]) for name, (a, b) in stack.sites.items()}, stack.scales)
+
+
 @pytest.mark.parametrize("name", tiny.FLAVOURS)
 def test_answers_are_draws_from_the_whole_network(name: str) -> None:
     """Each token is the inverse transform of its number under a forward pass over all that came before."""
@@ -189,10 +200,9 @@ def test_answers_are_draws_from_the_whole_network(name: str) -> None:
     for _ in range(2):  # a second time, over what the first left in the cache
         answers = sampler.sample(asked, luck)
         for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
-            own = AdapterStack({n: (a[row : row + 1], b[row : row + 1]) for n, (a, b) in stack.sites.items()}, stack.scales)
             assert len(answer) == 10 or answer[-1] == 1
             with torch.no_grad():
-                hidden = model.exact.hidden(torch.tensor([[*prompt, *answer]]), own)
+                hidden = model.exact.hidden(torch.tensor([[*prompt, *answer]]), picked(stack, [row]))
                 share = torch.softmax(model.exact.logits(hidden)[0].double() / 0.8, -1).cumsum(-1)
             for n, token in enumerate(answer):
                 upper = share[len(prompt) - 1 + n]
@@ -203,8 +213,7 @@ def test_cells_share_an_adapter_over_their_rows() -> None:
     stack, x, y = adapters(SPEC, 2), torch.randn(6, 4, SPEC.hidden_size), torch.randn(6, 4, SPEC.hidden_size)
     got = Shared(stack, 3).add("final", x, y)
     each = [0, 0, 0, 1, 1, 1]
-    expected = AdapterStack({n: (a[each], b[each]) for n, (a, b) in stack.sites.items()}, stack.scales).add("final", x, y)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, picked(stack, each).add("final", x, y))
 
 
 def test_held_out_answers_do_not_depend_on_how_many_are_drawn_at_once() -> None:
@@ -220,8 +229,7 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     """Each cell's adapter is what the plugin's own learner makes of the same answers and advantages."""
     model, config = subject(), LearnerConfig(learning_rate=0.01)
     shapes = linear_sites(SPEC)
-    cells = [Cell(arm, task, seed) for arm, task, seed in ((controls.LEASHED, "short", 0), (controls.SHUFFLED, "no I", 1),
-                                                            (controls.LEASHED, "no I", 2))]  # fmt: skip
+    cells = [Cell(controls.LEASHED, "short", 0), Cell(controls.SHUFFLED, "no I", 1), Cell(controls.LEASHED, "no I", 2)]
     fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2)
     for _ in range(3):
         fleet.round()
@@ -241,12 +249,11 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
 
 def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
     """Traces of many answers at once against those that the plugin takes of one, and the step that follows."""
-    final = pytest.importorskip("sona.final")
     model = subject()
     cells = [Cell(controls.FINAL, "no I", seed) for seed in range(3)] + [Cell(controls.ORIGINAL, "no I", 7)]
-    config = final.MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
-    fleet = final.FinalFleet(model, cells, config, 4, 6, 2)
-    micros = [final.MicroLoRA(replace(config, seed=cell.seed)) for cell in cells]
+    config = MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
+    fleet = FinalFleet(model, cells, config, 4, 6, 2)
+    micros = [MicroLoRA(replace(config, seed=cell.seed)) for cell in cells]
     head = Head.of(SPEC, tiny.tiny_weights(SPEC))
     everything = np.arange(SPEC.vocab_size)
     for _ in range(4):
@@ -268,6 +275,27 @@ def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
     assert [np.abs(fleet.stack.deltas(3)["final"].b).max() > 0] == [any(told[3].quality for told in fleet.log)]
 
 
+def test_the_deep_arm_is_the_plugins_own_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = subject(), DeepConfig(learner=LearnerConfig(rank=2, learning_rate=0.02), epochs=2)
+    monkeypatch.setattr(deep_arm, "_worker", model.network)
+    cells = [Cell(controls.DEEP, task, seed) for task in ("short", "no I") for seed in (0, 1)]
+    told = deep_arm.stored(model, cells, 8, 5, 8)
+    assert [[one.prompt_ids for one in own] for own in told[:2]] == [
+        [one.prompt_ids for one in own] for own in told[2:]
+    ]
+    assert [[one.output_ids for one in own] for own in told[:2]] == [
+        [one.output_ids for one in own] for own in told[2:]
+    ]
+    deltas, why = deep_arm._train((told[0], [], config))
+    assert deltas is None and "8 good of 8" in why  # five tokens are always short
+    mixed = [replace(one, quality=float(n % 2)) for n, one in enumerate(told[2])]
+    deltas, why = deep_arm._train((mixed, [], config))
+    last = [found for found in deep(model.network, linear_sites(SPEC), mixed, [], config) if found is not None][-1]
+    assert (deltas is None) == (last.deltas is None) == bool(why)
+    for name, delta in (last.deltas or {}).items():
+        np.testing.assert_array_equal(deltas[name].b, delta.b)
+
+
 def test_an_adapter_that_does_nothing_harms_nothing() -> None:
     model = subject()
     windows = [tuple(tiny.TEXTS["b"][:20]), tuple(tiny.TEXTS["c"][:20])]
@@ -276,3 +304,24 @@ def test_an_adapter_that_does_nothing_harms_nothing() -> None:
     assert elsewhere.measure(idle, 0) == pytest.approx((1.0, 0.0), abs=1e-6)
     ratio, kl = elsewhere.measure(adapters(SPEC, 2), 1)
     assert ratio != pytest.approx(1.0, abs=1e-3) and kl > 1e-3
+
+
+@pytest.mark.slow
+def test_a_small_run_prints_every_column() -> None:
+    """The whole program on a real model: every arm, every figure, and one JSON line that ends it."""
+    script = Path(report.__file__).resolve().parent.parent / "sona_bench.py"
+    command = [sys.executable, str(script), "--small", "--model", str(realdata.smollm2_gguf())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, last = done.stdout.splitlines()
+    table = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
+    head = ["arm", "feedbacks", "gain, points (95 %)", "perplexity, mean (worst)", "KL a token", "on topic"]
+    begin = table.index(head)
+    arms = [row[0] for row in table[begin + 2 :] if len(row) == len(head)]
+    assert arms == [controls.ARMS[arm] for arm in controls.DEFAULT]
+    found = json.loads(last)
+    assert [one["arm"] for one in found["summary"]] == list(controls.DEFAULT)
+    by_arm = {one["arm"]: one for one in found["summary"]}
+    assert all(np.isfinite([one["gain"], one["perplexity_percent"], one["kl"]]).all() for one in by_arm.values())
+    # What learns has moved, and the rest stands where it stood.
+    assert by_arm["leashed"]["kl"] > 0 and by_arm["final"]["kl"] > 0 and by_arm["base"]["kl"] == 0

@@ -32,9 +32,7 @@ def instruction(plan: Plan, held_out: HeldOut) -> list[Measured]:
     cells = plan.with_arm(INSTRUCTION)
     asked = [cell.held_out_prompts(plan.held_out) for cell in cells]
     luck = [held_out_luck(cell.seed, plan.held_out, plan.max_tokens) for cell in cells]
-    wishes = [
-        [f"{one.text}\n{cell.task.instruction}" for one in own] for cell, own in zip(cells, asked, strict=True)
-    ]
+    wishes = [[f"{one.text}\n{cell.task.instruction}" for one in own] for cell, own in zip(cells, asked, strict=True)]
     texts = held_out.texts(wishes, luck, None)
     return [
         Measured(cell, 0, *judged(cell, own, answers)) for cell, own, answers in zip(cells, asked, texts, strict=True)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sona.tasks import TASKS, Prompt, Task, prompts
 from torch import Tensor
+
+from ruvllm_sona.patterns import BankConfig
+from sona.tasks import TASKS, Prompt, Task, prompts
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,20 @@ class Cell:
 
 
 class Baseline:
-    """What is expected of each cell: the mean of its feedback so far, and of one that was 1/2 before any came."""
+    """What is expected of each cell: the mean of its feedback so far, and of one that was 1/2 before any came.
 
-    def __init__(self, cells: int) -> None:
-        self._sums, self._count = [0.5] * cells, 1
+    It is that of a pattern of prompts in the plugin, and like it looks back no further than `horizon`.
+    """
+
+    def __init__(self, cells: int, horizon: int = BankConfig().baseline_horizon) -> None:
+        self._means, self._count, self._horizon = [0.5] * cells, 0, horizon
 
     def advantages(self, qualities: Sequence[float]) -> list[float]:
         """How much better each is than expected, which it then becomes part of."""
-        found = [quality - total / self._count for quality, total in zip(qualities, self._sums, strict=True)]
-        self._sums = [total + quality for quality, total in zip(qualities, self._sums, strict=True)]
+        found = [quality - mean for quality, mean in zip(qualities, self._means, strict=True)]
         self._count += 1
+        part = 1.0 / min(self._count + 1, self._horizon)
+        self._means = [mean + part * ahead for mean, ahead in zip(self._means, found, strict=True)]
         return found
 
 
@@ -48,4 +54,5 @@ def random_direction(start: Tensor, end: Tensor, generator: torch.Generator) -> 
     drawn = torch.randn(start.shape, generator=generator).to(start.device)
     shape = (len(start), *[1] * (start.dim() - 1))
     wanted, found = ((end - start).flatten(1).norm(dim=1), drawn.flatten(1).norm(dim=1))
-    return start + drawn * (wanted / found).view(shape)
+    moved: Tensor = start + drawn * (wanted / found).view(shape)
+    return moved

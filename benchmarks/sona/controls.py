@@ -24,6 +24,8 @@ ARMS = {
 #: Those of a run that names none.
 DEFAULT = tuple(arm for arm in ARMS if arm != FREE)
 CHOICES = 4
+#: What these are made of is what the leashed arm did.
+FOLLOWERS = (RANDOM, DEEP_LOG)
 
 
 def feedback_of(arm: str, score: int, before: int | None) -> float:

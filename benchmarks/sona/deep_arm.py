@@ -7,24 +7,25 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
-from sona.cells import Cell
-from sona.lockstep import TEMPERATURE
-from sona.measures import HeldOut
-from sona.subject import Subject
-from sona.texts import ANCHORS, FEEDBACK_LUCK, uniforms
-
 from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import LowRank
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
+from ruvllm_sona.network import Network
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites, start
+from sona.cells import Cell
+from sona.lockstep import TEMPERATURE
+from sona.measures import HeldOut
+from sona.subject import Subject, load_network, open_file
+from sona.texts import FEEDBACK_LUCK, uniforms
 
-_ANCHOR_LUCK = 4
-_worker: Subject | None = None
+_worker: Network | None = None
 
 
-def stored(subject: Subject, cells: Sequence[Cell], feedback: int, max_tokens: int, at_once: int) -> list[list[Example]]:
+def stored(
+    subject: Subject, cells: Sequence[Cell], feedback: int, max_tokens: int, at_once: int
+) -> list[list[Example]]:
     """What each cell's user thought of the base model's answers to its prompts."""
     seeds = sorted({cell.seed for cell in cells})
     prompts = {seed: _of(cells, seed).feedback_prompts(feedback) for seed in seeds}
@@ -42,17 +43,14 @@ def stored(subject: Subject, cells: Sequence[Cell], feedback: int, max_tokens: i
     ]
 
 
-def anchors(subject: Subject, max_tokens: int) -> list[tuple[int, ...]]:
-    """Chats that nobody rated, with the base model's answers; others than those it is measured on."""
-    asked = [subject.chat(text) for text in ANCHORS]
-    luck = [uniforms(len(asked), max_tokens, _ANCHOR_LUCK)]
-    (answers,) = HeldOut(subject, len(asked), max_tokens, len(asked)).answers([list(ANCHORS)], luck, None)
-    return [(*prompt, *answer) for prompt, answer in zip(asked, answers, strict=True)]
-
-
 def train(
-    subject: Subject, model: str, dtype: str, cells: Sequence[Cell], examples: Sequence[Sequence[Example]],
-    texts: Sequence[Sequence[int]], workers: int,
+    subject: Subject,
+    model: str,
+    dtype: str,
+    cells: Sequence[Cell],
+    examples: Sequence[Sequence[Example]],
+    texts: Sequence[Sequence[int]],
+    workers: int,
 ) -> tuple[AdapterStack, list[str]]:
     """An adapter for each cell, and why some have none; those are the base model's."""
     device = str(subject.network.device)
@@ -67,7 +65,7 @@ def train(
 
 def _load(model: str, device: str, dtype: str) -> None:
     global _worker
-    _worker = Subject.load(model, device, dtype)
+    _worker = load_network(open_file(model), device, dtype)
 
 
 def _train(job: tuple[Sequence[Example], Sequence[Sequence[int]], DeepConfig]) -> tuple[dict[str, LowRank] | None, str]:
@@ -75,7 +73,7 @@ def _train(job: tuple[Sequence[Example], Sequence[Sequence[int]], DeepConfig]) -
     assert _worker is not None
     last: DeepProgress | None = None
     try:
-        for progress in deep(_worker.network, linear_sites(_worker.network.spec), examples, texts, config):
+        for progress in deep(_worker, linear_sites(_worker.spec), examples, texts, config):
             last = progress or last
     except LearningError as error:
         return None, str(error)

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from sona.cells import Cell
-from sona.controls import ORIGINAL
-from sona.lockstep import Fleet
-from sona.subject import Subject
 from torch import Tensor
 
 from ruvllm_core.decode.lora import FINAL_SITE
@@ -20,6 +16,10 @@ from ruvllm_sona.network import Network, padded
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import final_site
 from ruvllm_sona.trace import Trace
+from sona.cells import Cell
+from sona.controls import ORIGINAL
+from sona.lockstep import Fleet
+from sona.subject import Subject
 
 #: The original's example: `lora.apply_updates(0.01)`.
 _ORIGINAL_RATE = 0.01
@@ -57,8 +57,8 @@ class FinalFleet(Fleet):
         found: list[Trace] = []
         for first in range(0, len(examples), self._at_once):
             part = slice(first, first + self._at_once)
-            sites = {FINAL_SITE: tuple(factor[part].detach() for factor in self.stack.sites[FINAL_SITE])}
-            rows = AdapterStack(sites, self.stack.scales)
+            a, b = self.stack.sites[FINAL_SITE]
+            rows = AdapterStack({FINAL_SITE: (a[part].detach(), b[part].detach())}, self.stack.scales)
             versions = [micro.version for micro in self._micros[part]]
             found += traces(self.subject.exact, examples[part], rows, versions)
         return found

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sona.cells import Baseline, Cell
-from sona.controls import feedback_of
-from sona.sampling import Sampler
-from sona.subject import Subject
-from sona.texts import FEEDBACK_LUCK, uniforms
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients
+from sona.cells import Baseline, Cell
+from sona.controls import feedback_of
+from sona.sampling import Sampler
+from sona.subject import Subject
+from sona.texts import FEEDBACK_LUCK, uniforms
 
 TEMPERATURE = 0.8
 
@@ -57,13 +57,9 @@ class Fleet:
         number = len(self._scores)
         asked = [own[number] for own in self._prompts]
         answers = self._sampler.sample(asked, np.stack([own[number] for own in self._luck]))
-        scores = [
-            cell.task.score(self.subject.text(answer)) for cell, answer in zip(self.cells, answers, strict=True)
-        ]
+        scores = [cell.task.score(self.subject.text(answer)) for cell, answer in zip(self.cells, answers, strict=True)]
         before = self._scores[-1] if self._scores else None
-        given = [
-            feedback_of(cell.arm, scores[n], before[n] if before else None) for n, cell in enumerate(self.cells)
-        ]
+        given = [feedback_of(cell.arm, scores[n], before[n] if before else None) for n, cell in enumerate(self.cells)]
         examples = [
             Example(f"{n}", prompt, answer, quality, TEMPERATURE)
             for n, (prompt, answer, quality) in enumerate(zip(asked, answers, given, strict=True))
@@ -83,7 +79,7 @@ class Fleet:
             work = gradients(self.subject.network, rows, examples[part], advantages[part], self.config.objective)
             for _ in work:
                 pass
-        norms = torch._foreach_norm([factor.grad for factor in self.stack.parameters()])
+        norms = torch._foreach_norm([factor.grad for factor in self.stack.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")
         self._adam.step()

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.network import padded
 from sona.cells import Cell
 from sona.lockstep import TEMPERATURE
 from sona.sampling import Sampler, Shared
 from sona.subject import Subject
 from sona.tasks import Prompt, on_topic
 from sona.texts import UNRELATED, uniforms
-from torch import Tensor
-
-from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.network import padded
 
 _HELD_OUT_LUCK, _CHAT_LUCK = 2, 3
 _TOKENS = 2048  # rows of logits in memory at a time
@@ -125,7 +125,7 @@ class Elsewhere:
         targets = self._windows[:, 1:].flatten()
         sums = [
             torch.nn.functional.cross_entropy(network.logits(rows), wanted, reduction="sum")
-            for rows, wanted in zip(hidden.split(_TOKENS), targets.split(_TOKENS), strict=True)
+            for rows, wanted in zip(torch.split(hidden, _TOKENS), torch.split(targets, _TOKENS), strict=True)
         ]
         return torch.stack(sums).sum() / len(targets)
 

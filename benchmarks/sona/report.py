@@ -71,7 +71,9 @@ def print_tables(rows: Sequence[Measured]) -> None:
         low, high = one["gain_interval"]
         gain = "–" if one["arm"] == BASE else f"{one['gain']:+.1f} ({low:+.1f} to {high:+.1f})"
         worse = f"{one['perplexity_percent']:+.1f} % ({one['perplexity_worst_percent']:+.1f})"
-        print(f"| {ARMS[one['arm']]} | {one['feedback']} | {gain} | {worse} | {one['kl']:.3f} | {one['on_topic']:.2f} |")
+        print(
+            f"| {ARMS[one['arm']]} | {one['feedback']} | {gain} | {worse} | {one['kl']:.3f} | {one['on_topic']:.2f} |"
+        )
     print("\n| gain, points | feedbacks | " + " | ".join(tasks) + " |\n| --- | --- |" + " --- |" * len(tasks))
     for one in entries:
         if one["arm"] != BASE:

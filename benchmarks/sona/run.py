@@ -10,12 +10,17 @@ from typing import Any
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.anchors import anchor_tokens
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.micro_config import MicroLoRAConfig
+from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
+from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import linear_sites
 from sona import asking, controls
 from sona.cells import Cell, random_direction
-from sona.deep_arm import anchors, stored, train
+from sona.deep_arm import stored, train
+from sona.final import FinalFleet
 from sona.lockstep import Fleet, copied
 from sona.measures import Elsewhere, HeldOut, Measured, held_out_luck, judged
 from sona.report import print_tables, summary
@@ -54,19 +59,13 @@ class Plan:
         """Those of the arms that are to be run."""
         return [cell for arm in arms if arm in self.arms for cell in self.with_arm(arm)]
 
-    def learner_config(self) -> LearnerConfig:
+    def settings(self) -> SonaSettings:
         """The plugin's own settings, but for what was asked for."""
-        given = dict(self.learner)
-        config = LearnerConfig()
-        if (leash := given.pop("leash", None)) is not None:
-            config = replace(config, objective=replace(config.objective, leash=leash))
-        if (rank := given.pop("rank", None)) is not None:
-            config = replace(config, rank=int(rank))
-        return replace(config, **given)
+        return SonaSettings.model_validate(dict(self.learner))
 
 
-def run(plan: Plan, say: Say) -> dict[str, Any]:
-    """Run it, print the tables, return the report."""
+def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run it, print the tables, return the report; `save` gets what there is of it whenever a kind of arms is done."""
     subject = Subject.load(plan.model, plan.device, plan.dtype)
     say(f"loaded {plan.model}, products in {subject.network.dtype}")
     held_out = HeldOut(subject, plan.held_out, plan.max_tokens, plan.at_once)
@@ -80,32 +79,38 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     elsewhere = Elsewhere(
         subject, windows(subject, other_text(plan.text), plan.windows, plan.window), plan.chats, plan.max_tokens
     )
-    config, shapes = plan.learner_config(), linear_sites(subject.network.spec)
+    own, shapes = plan.settings(), linear_sites(subject.network.spec)
+    config = LearnerConfig(own.rank, own.learning_rate, ObjectiveConfig(own.leash, own.saturation, own.budget))
     free = replace(config, objective=replace(config.objective, leash=0.0))
-    for arms, own in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
+    for arms, chosen in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
         if cells := plan.cells(*arms):
-            fleet = Fleet(subject, cells, shapes, own, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+            fleet = Fleet(subject, cells, shapes, chosen, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
+            save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 heard = [[told[n] for told in fleet.log] for n in range(len(plan.with_arm(controls.LEASHED)))]
                 rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, say)
             del fleet  # it holds memory
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
-        from sona.final import FinalFleet, MicroLoRAConfig
-
-        micro = MicroLoRAConfig.for_hidden_dim(subject.exact.spec.hidden_size)
+        width = subject.exact.spec.hidden_size
+        micro = MicroLoRAConfig(width, own.instant_rank, learning_rate=own.instant_rate, trust_nats=own.trust_nats)
         last = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
         rows += _learn(plan, last, held_out, elsewhere, say)
+        save(_report(plan, subject, own, rows))
     if cells := plan.cells(controls.DEEP):
         told = stored(subject, cells, plan.checkpoints[-1], plan.max_tokens, plan.at_once)
         rows += _deep(plan, cells, told, held_out, elsewhere, say)
     print_tables(rows)
+    return _report(plan, subject, own, rows)
+
+
+def _report(plan: Plan, subject: Subject, own: SonaSettings, rows: Sequence[Measured]) -> dict[str, Any]:
     return {
         "benchmark": "sona",
         "device": torch.cuda.get_device_name() if plan.device.startswith("cuda") else plan.device,
         "dtype": str(subject.network.dtype).removeprefix("torch."),
         "plan": {**asdict(plan), "text": plan.text.name if plan.text else "Python's language reference"},
-        "learner": asdict(config),
+        "settings": own.model_dump(mode="json"),
         "summary": summary(rows),
         "rows": [asdict(row) for row in rows],
     }
@@ -116,7 +121,9 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
     for number in range(1, plan.checkpoints[-1] + 1):
         scores = fleet.round()
         if number % 10 == 0:
-            say(f"{len(scores)} cells, feedback {number}: {sum(scores) / len(scores):.2f} of the answers were right")
+            arms = dict.fromkeys(cell.arm for cell in fleet.cells)
+            own = {arm: [s for cell, s in zip(fleet.cells, scores, strict=True) if cell.arm == arm] for arm in arms}
+            say(f"feedback {number}: " + ", ".join(f"{arm} {sum(s) / len(s):.2f}" for arm, s in own.items()))
         if number in plan.checkpoints:
             rows += measured(plan, fleet.cells, fleet.stack, number, held_out, elsewhere)
             if controls.RANDOM in plan.arms and fleet.cells[0].arm == controls.LEASHED:
@@ -130,7 +137,7 @@ def _deep(
     held_out: HeldOut, elsewhere: Elsewhere, say: Say,
 ) -> list[Measured]:  # fmt: skip
     subject = held_out.subject
-    texts = anchors(subject, plan.max_tokens)
+    texts = anchor_tokens(subject.tokenizer)
     stack, why = train(subject, plan.model, plan.dtype, cells, told, texts, plan.deep_workers)
     say(f"deep training of {len(cells)} cells; {len(why)} were left alone" + (f": {why[0]}" if why else ""))
     return measured(plan, cells, stack, plan.checkpoints[-1], held_out, elsewhere)

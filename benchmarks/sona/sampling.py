@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from sona.subject import Subject
 from torch import Tensor
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.network import padded
+from sona.subject import Subject
 
 Uniforms = npt.NDArray[np.float64]
 _LOOK = 8  # steps between looks at whether all answers have ended: each waits for the device
@@ -108,7 +108,7 @@ class Sampler:
             self._graph.replay()
         else:
             before = self._token.clone(), self._position.clone()
-            side = torch.cuda.Stream()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._advance()

@@ -37,16 +37,14 @@ class Subject:
     @classmethod
     def load(cls, name: str, device: str, dtype: str = "auto") -> Subject:
         """Raises what the engine raises for a model that is not there."""
-        settings = Settings()
-        file = open_model(resolve(name, settings), Registry.discover(settings))
+        file = open_file(name)
         tokenizer = file.tokenizer()
         marks = (tokenizer.bos_id, tokenizer.eos_id)
         bos, eos = (tokenizer.decode([one], skip_special=False) if one is not None else "" for one in marks)
         if tokenizer.chat_template is None:
             raise SystemExit(f"{name} has no chat template; the tasks are chats")
-        chosen = None if dtype == "auto" else getattr(torch, dtype)
-        network = _loaded(file, device, chosen)
-        exact = network if network.dtype == torch.float32 else _loaded(file, device, torch.float32)
+        network = load_network(file, device, dtype)
+        exact = network if network.dtype == torch.float32 else load_network(file, device, "float32")
         embed = torch.from_numpy(file.weights["embed"].dequantize().copy()).to(network.device)
         template = ChatTemplate(tokenizer.chat_template, bos_token=bos, eos_token=eos)
         return cls(network, exact, embed, tokenizer, template, file)
@@ -60,8 +58,15 @@ class Subject:
         return self.tokenizer.decode(ids)
 
 
-def _loaded(file: ModelFile, device: str, dtype: torch.dtype | None) -> Network:
-    network = Network(file.spec, file.weights, device=device, dtype=dtype, resident=True)
+def open_file(name: str) -> ModelFile:
+    settings = Settings()
+    return open_model(resolve(name, settings), Registry.discover(settings))
+
+
+def load_network(file: ModelFile, device: str, dtype: str) -> Network:
+    """With all weights decoded; ``auto`` leaves the type to the plugin."""
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    network = Network(file.spec, file.weights, device=device, dtype=chosen, resident=True)
     for _ in network.load():
         pass
     return network

@@ -40,18 +40,6 @@ UNRELATED = (
     "What is the chemical formula of water?",
 )
 
-#: Chats that nobody rates, for training that keeps to the base model there.
-ANCHORS = (
-    "Translate 'thank you' into Spanish.",
-    "What is 9 times 8?",
-    "Write a Python function that adds two numbers.",
-    "My phone does not charge. What can I do?",
-    "Write a short thank-you note to a colleague.",
-    "What does the word 'rapid' mean?",
-    "What is the capital of Canada?",
-    "Explain what a loop is in programming.",
-)
-
 
 def other_text(path: Path | None) -> str:
     """A file's text, or the language reference that comes with Python."""
