@@ -122,12 +122,13 @@ class Model:
         yield
         self.p["u"].copy_(output @ lift)
         yield
-        parts = []
-        for j in chunks:
-            x = self._inputs(rows, torch.arange(j, min(j + _CHUNK, len(rows))))
-            parts.append((torch.cat([x, torch.ones(len(x), 1)], 1), rows.after[j : j + _CHUNK].float() @ project))
-            yield
-        square, product = yield from gram(parts)
+
+        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for j in chunks:
+                x = self._inputs(rows, torch.arange(j, min(j + _CHUNK, len(rows))))
+                yield torch.cat([x, torch.ones(len(x), 1)], 1), rows.after[j : j + _CHUNK].float() @ project
+
+        square, product = yield from gram(pairs())
         square.diagonal().add_(self.config.ridge)
         weights = yield from solve(square, product)
         self.p["w"][:r].copy_(weights[:-1].T)

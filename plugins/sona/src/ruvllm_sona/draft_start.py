@@ -6,7 +6,7 @@ step of gradient descent. Everything comes in slices of a few milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,17 +19,18 @@ _ROUNDS = 12  # of subspace iteration
 Slices = Generator[None, None, "Tensor"]
 
 
-def gram(chunks: list[tuple[Tensor, Tensor]]) -> Generator[None, None, tuple[Tensor, Tensor]]:
+def gram(chunks: Iterable[tuple[Tensor, Tensor]]) -> Generator[None, None, tuple[Tensor, Tensor]]:
     """Sums of ``XᵀX`` and ``XᵀY`` over chunks of rows."""
-    import torch
-
-    x, y = chunks[0]
-    square, product = torch.zeros(x.shape[1], x.shape[1]), torch.zeros(x.shape[1], y.shape[1])
+    sums: tuple[Tensor, Tensor] | None = None
     for x, y in chunks:
-        square.addmm_(x.T, x)
-        product.addmm_(x.T, y)
+        if sums is None:
+            sums = x.T @ x, x.T @ y
+        else:
+            sums[0].addmm_(x.T, x)
+            sums[1].addmm_(x.T, y)
         yield
-    return square, product
+    assert sums is not None, "no rows"
+    return sums
 
 
 def solve(matrix: Tensor, right: Tensor) -> Slices:
