@@ -1,8 +1,8 @@
 """`DraftHead`: what a small network of one user knows of what their model says next. Inference is NumPy alone.
 
-From the state ``h`` that the last token x was drawn from, and the embeddings of x and of the token w before it:
+From the state ``h`` that the last token x was drawn from, from x, and from the token w before it:
 
-    a = W [h; x; w] + c            s = a₁ + B (a₂ · silu(a₃))            logits = U s + d
+    a = W h + X[x] + Y[w] + c            s = a₁ + B (a₂ · silu(a₃))            logits = U s + d
 
 over the tokens that the user's answers are made of (a reduced vocabulary, as in FR-Spec, arXiv 2502.14856). For the
 next token of the same draft the head's own s takes the place of h (as in EAGLE, arXiv 2401.15077), with weights of its
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from ruvllm_sona.draft_ngrams import NGrams
 
 FORMAT = "ruvllm-sona-draft-1"
 IntArray = npt.NDArray[np.int64]
+HalfArray = npt.NDArray[np.float16]
 
 
 class Embeddings:
@@ -57,12 +58,12 @@ def _rows(tensor: QuantTensor, token_ids: npt.ArrayLike) -> FloatArray:
 
 @dataclass(frozen=True, eq=False)
 class DraftHead:
-    """The parameters, all float32 but where noted. C is the model's width, r that of s, m that of the gates, F = r + 2m.
+    """Parameters, float32 but where noted. C is the model's width, r that of s, m that of the gates, and F = r + 2m.
 
     Attributes:
         vocabulary: int64 ``[R]``, the tokens that it can draft, ascending.
-        state, newest, previous: ``[F, C]``, W by what it is multiplied with: h, x, w.
-        bias: ``[F]``, c.
+        state, bias: ``[F, C]`` and ``[F]``, W and c.
+        newest, previous: float16 ``[R + 1, F]``, X and Y; the last row is for all other tokens.
         again, again_bias: ``[F, r]`` and ``[F]``, which take the place of `state` and `bias` after the first token.
         mix: ``[r, m]``, B.
         output, output_bias: ``[R, r]`` and ``[R]``, U and d.
@@ -72,25 +73,25 @@ class DraftHead:
 
     vocabulary: IntArray
     state: FloatArray
-    newest: FloatArray
-    previous: FloatArray
     bias: FloatArray
+    newest: HalfArray
+    previous: HalfArray
     again: FloatArray
     again_bias: FloatArray
     mix: FloatArray
     output: FloatArray
     output_bias: FloatArray
     sharpness: float = 1.0
-    ngrams: NGrams = NGrams()
+    ngrams: NGrams = field(default_factory=NGrams)
 
     def __post_init__(self) -> None:
         """Raises `LearningError` for numbers that do not fit together or are none."""
         (wide, hidden), (width, gates), size = self.state.shape, self.mix.shape, len(self.vocabulary)
         expected = {
             "state": (wide, hidden),
-            "newest": (wide, hidden),
-            "previous": (wide, hidden),
             "bias": (wide,),
+            "newest": (size + 1, wide),
+            "previous": (size + 1, wide),
             "again": (wide, width),
             "again_bias": (wide,),
             "mix": (width, gates),
@@ -98,9 +99,10 @@ class DraftHead:
             "output_bias": (size,),
         }
         for name, shape in expected.items():
-            values = getattr(self, name)
-            if values.shape != shape or values.dtype != np.float32:
-                raise LearningError(f"draft head: {name} is {values.dtype} {values.shape}, expected float32 {shape}")
+            values, dtype = getattr(self, name), np.float16 if name in ("newest", "previous") else np.float32
+            if values.shape != shape or values.dtype != dtype:
+                what = f"{name} is {values.dtype} {values.shape}, expected {dtype.__name__} {shape}"
+                raise LearningError(f"draft head: {what}")
             if not np.isfinite(values).all():
                 raise LearningError(f"draft head: {name} has values that are infinite or no numbers")
         if wide != width + 2 * gates or not size or (np.diff(self.vocabulary) <= 0).any() or self.vocabulary[0] < 0:
@@ -126,8 +128,8 @@ class DraftHead:
         written.replace(path)
 
     @classmethod
-    def load(cls, path: Path, embeddings: Embeddings | None = None) -> DraftHead:
-        """Read what `save` wrote; with `embeddings`, for that model only. Raises `LearningError`."""
+    def load(cls, path: Path) -> DraftHead:
+        """Read what `save` wrote. Raises `LearningError`."""
         from safetensors import SafetensorError, safe_open
 
         hint = "delete it: a new head is trained from the answers to come"
@@ -139,40 +141,27 @@ class DraftHead:
                 raise LearningError(f"{path} is not a draft head of this version", hint=hint)
             own = {name: arrays.pop(name) for name in _ARRAYS}
             grams = NGrams.from_arrays({name.removeprefix("ngrams."): value for name, value in arrays.items()})
-            head = cls(**own, sharpness=float(json.loads(about["sharpness"])), ngrams=grams)
+            return cls(**own, sharpness=float(json.loads(about["sharpness"])), ngrams=grams)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
             what = f"the draft head {path} cannot be read: {type(error).__name__}: {error}"
             raise LearningError(what, hint=hint) from error
-        if embeddings is not None:
-            check(head, embeddings)
-        return head
+
+    def check(self, hidden_size: int, vocab_size: int) -> None:
+        """Raise `LearningError` unless it was made for a model of this shape."""
+        if self.state.shape[1] != hidden_size or self.vocabulary[-1] >= vocab_size:
+            what = f"of width {self.state.shape[1]} or more than {self.vocabulary[-1]} tokens"
+            raise LearningError(f"this draft head is of another model, {what}", hint="train one for this model")
 
 
 _ARRAYS = tuple(f.name for f in fields(DraftHead) if f.name not in ("sharpness", "ngrams"))
 
 
-def check(head: DraftHead, embeddings: Embeddings) -> None:
-    """Raise `LearningError` unless `head` was made for a model of this shape."""
-    wanted, found = embeddings.hidden_size, head.state.shape[1]
-    if found != wanted or head.vocabulary[-1] >= embeddings.vocab_size:
-        what = f"this draft head is of another model: width {found} instead of {wanted}, or another vocabulary"
-        raise LearningError(what, hint="train one for this model")
-
-
 class DraftNetwork:
-    """Runs a head. What it computes of a token alone is kept, since a user's words come again.
+    """Runs a head."""
 
-    Args:
-        embeddings: of the model that the head was trained for.
-    """
-
-    _KEPT = 4096
-
-    def __init__(self, head: DraftHead, embeddings: Embeddings) -> None:
-        check(head, embeddings)
-        self.head, self._embeddings = head, embeddings
+    def __init__(self, head: DraftHead) -> None:
+        self.head = head
         self._width, self._gates = head.mix.shape
-        self._parts: dict[int, tuple[FloatArray, FloatArray]] = {}
 
     def first(self, hidden: FloatArray, newest: int, previous: int) -> FloatArray:
         """s ``[r]`` for the token after `newest`, which was drawn from `hidden` ``[C]``."""
@@ -188,17 +177,15 @@ class DraftNetwork:
         return logits
 
     def _combine(self, a: FloatArray, newest: int, previous: int) -> FloatArray:
-        a = a + self._part(newest)[0] + self._part(previous)[1]
+        a += self.head.newest[self._place(newest)]
+        a += self.head.previous[self._place(previous)]
         r, m = self._width, self._gates
         gate = a[r + m :]
         with np.errstate(over="ignore"):
             s: FloatArray = a[:r] + self.head.mix @ (a[r : r + m] * gate / (1.0 + np.exp(-gate)))
         return s
 
-    def _part(self, token: int) -> tuple[FloatArray, FloatArray]:
-        if (part := self._parts.get(token)) is None:
-            if len(self._parts) >= self._KEPT:
-                self._parts.clear()
-            row = self._embeddings.embed([token])[0]
-            part = self._parts[token] = self.head.newest @ row, self.head.previous @ row
-        return part
+    def _place(self, token: int) -> int:
+        vocabulary = self.head.vocabulary
+        place = int(vocabulary.searchsorted(token))
+        return place if place < len(vocabulary) and vocabulary[place] == token else -1

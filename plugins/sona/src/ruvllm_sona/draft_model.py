@@ -7,12 +7,12 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
 from ruvllm_core.errors import LearningError
 from ruvllm_sona.draft import DraftHead, Embeddings
-from ruvllm_sona.draft_ngrams import NGrams
 from ruvllm_sona.draft_start import gram, leading, solve
 from ruvllm_sona.draft_store import Answer
 
@@ -35,15 +35,15 @@ class Rows:
     """
 
     def __init__(self, answers: Sequence[Answer], vocabulary: IntArray, embeddings: Embeddings) -> None:
-        def all_rows(parts: list[np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> torch.Tensor:
+        def all_rows(parts: list[npt.NDArray[np.float16]]) -> torch.Tensor:
             return torch.from_numpy(np.concatenate(parts))
 
         self.hidden = all_rows([answer.hidden[:-1] for answer in answers])
         self.after = all_rows([answer.hidden[1:] for answer in answers])
         newest = np.concatenate([answer.tokens[1:-1] for answer in answers])
         previous = np.concatenate([answer.tokens[:-2] for answer in answers])
-        distinct, places = np.unique(np.concatenate([newest, previous]), return_inverse=True)
-        self.embedding = torch.from_numpy(embeddings.embed(distinct))
+        self.tokens, places = np.unique(np.concatenate([newest, previous]), return_inverse=True)
+        self.embedding = torch.from_numpy(embeddings.embed(self.tokens))
         self.newest, self.previous = torch.from_numpy(places.astype(np.int64)).split(len(newest))
         ids = np.concatenate([answer.ids[1:] for answer in answers])
         known = np.minimum(np.searchsorted(vocabulary, ids), len(vocabulary) - 1)
@@ -148,7 +148,7 @@ class Model:
             for half in batch.split(config.half):
                 loss = self._loss(rows, half) * (len(half) / len(batch))
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss)
+                total += loss.item()
                 yield total / (step + 1)
             self._set_rate(self.steps / (count * config.epochs))
             self.optimizer.step()
@@ -179,26 +179,38 @@ class Model:
         else:
             self.stale += 1
 
-    def head(self, ngrams: NGrams) -> DraftHead:
-        """The best parameters so far, for inputs as they are."""
+    @torch.no_grad()
+    def head(self, rows: Rows, embeddings: Embeddings) -> Generator[None, None, DraftHead]:
+        """The best parameters so far, for inputs as they are, without n-grams. In slices."""
         p, c = self.best, self.hidden_size
         state = p["w"][:, :c] / self.deviation
+        heard = torch.from_numpy(~np.isin(rows.tokens, self.vocabulary)).float()
+        count = heard * torch.bincount(torch.cat([rows.newest, rows.previous]), minlength=len(heard))
+        others = (count @ rows.embedding) / count.sum().clamp(min=1)
+        read = torch.cat([torch.from_numpy(embeddings.embed(self.vocabulary)), others[None]]) / self.scale
+        yield
+        tables = []
+        for columns in (slice(c, 2 * c), slice(2 * c, None)):
+            parts = []
+            for j in range(0, len(read), _CHUNK):
+                parts.append(read[j : j + _CHUNK] @ p["w"][:, columns].T)
+                yield
+            tables.append(torch.cat(parts).numpy().astype(np.float16))
 
-        def plain(values: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-            return np.ascontiguousarray(values.detach().numpy(), dtype=np.float32)
+        def plain(values: torch.Tensor) -> npt.NDArray[np.float32]:
+            return np.ascontiguousarray(values.numpy(), dtype=np.float32)
 
         return DraftHead(
             vocabulary=np.ascontiguousarray(self.vocabulary, dtype=np.int64),
             state=plain(state),
-            newest=plain(p["w"][:, c : 2 * c] / self.scale),
-            previous=plain(p["w"][:, 2 * c :] / self.scale),
             bias=plain(p["c"] - state @ self.mean),
+            newest=tables[0],
+            previous=tables[1],
             again=plain(p["g"]),
             again_bias=plain(p["gc"]),
             mix=plain(p["b"]),
             output=plain(p["u"]),
             output_bias=plain(p["d"]),
-            ngrams=ngrams,
         )
 
     def checkpoint(self, rows: Rows) -> Checkpoint:
@@ -210,7 +222,10 @@ class Model:
             state = self.optimizer.state[values]
             found |= {f"p.{name}": values, f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"]}
             found[f"best.{name}"] = self.best[name]
-        return {name: np.array(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in found.items()}
+        return {
+            name: np.array(value.detach() if isinstance(value, torch.Tensor) else value)
+            for name, value in found.items()
+        }
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint, rows: Rows) -> None:

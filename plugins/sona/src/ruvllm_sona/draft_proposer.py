@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Lock
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import Request
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import Draft, FloatArray
-from ruvllm_sona.draft import DraftHead, DraftNetwork, Embeddings
+from ruvllm_sona.draft import DraftHead, DraftNetwork
 from ruvllm_sona.draft_ngrams import ORDERS, Text
 
 _TRUST = (0.7, 0.5, 0.3)  # share of n-grams of each of `ORDERS` in what is drafted, were they seen ever so often
@@ -46,8 +45,7 @@ class SonaProposer:
 
     Args:
         heads: a user's head, or None; asked at every draft.
-        embeddings: of the model; without them there are n-grams of the text alone.
-        vocab_size: V, what distributions are over.
+        hidden_size, vocab_size: C and V of the model.
         least: a token is drafted if it, and all before it in the draft, are this likely to be right.
         further: one more is looked for if all so far are this likely to be right.
     """
@@ -55,12 +53,12 @@ class SonaProposer:
     def __init__(
         self,
         heads: Callable[[str], DraftHead | None],
-        embeddings: Embeddings | None,
+        hidden_size: int,
         vocab_size: int,
         least: float = 0.25,
         further: float = 0.4,
     ) -> None:
-        self._heads, self._embeddings, self._vocab_size = heads, embeddings, vocab_size
+        self._heads, self._hidden_size, self._vocab_size = heads, hidden_size, vocab_size
         self._least, self._further = least, further
         self._networks: dict[str, tuple[DraftHead, DraftNetwork | None]] = {}
         self._texts: dict[str, Text] = {}
@@ -107,12 +105,13 @@ class SonaProposer:
     def _network(self, user: str) -> DraftNetwork | None:
         """Of the user's present head; None without one, or with one that does not work."""
         head = self._heads(user)
-        if head is None or self._embeddings is None:
+        if head is None:
             return None
         known = self._networks.pop(user, None)
         if known is None or known[0] is not head:
             try:
-                known = head, DraftNetwork(head, self._embeddings)
+                head.check(self._hidden_size, self._vocab_size)
+                known = head, DraftNetwork(head)
             except LearningError as error:
                 known = head, None
                 _log.warning("this user's draft head is not used", error=error.message)
@@ -164,7 +163,7 @@ class _Guess:
             place = int(self._q.argmax())
             best, most = int(self._head.vocabulary[place]), float(self._q[place])
         for token, share in self.shares.items():
-            if (likely := share + self._of(token)) > most or token == best:
+            if (likely := share + self._of(token)) > most:
                 best, most = token, likely
         return best, most
 

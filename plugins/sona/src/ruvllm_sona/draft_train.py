@@ -42,9 +42,9 @@ class TrainConfig:
         threads: of PyTorch, within a slice.
     """
 
-    width: int = 192
-    gates: int = 256
-    vocabulary: int = 4096
+    width: int = 160
+    gates: int = 160
+    vocabulary: int = 1536
     epochs: int = 7
     patience: int = 2
     batch: int = 64
@@ -153,6 +153,8 @@ def _train(
         raise LearningError(f"a draft head needs {needed} answers to learn from, there are {len(answers)}")
     if any(answer.hidden.shape[1] != embeddings.hidden_size for answer in answers):
         raise LearningError(f"these answers are not of a model of width {embeddings.hidden_size}")
+    if head is not None:
+        head.check(embeddings.hidden_size, embeddings.vocab_size)
     held = [answer for n, answer in enumerate(answers) if n % config.held_out == config.held_out - 1]
     rest = [answer for n, answer in enumerate(answers) if n % config.held_out != config.held_out - 1]
     vocabulary = frequent(rest, embeddings.vocab_size, config.vocabulary)
@@ -170,9 +172,9 @@ def _train(
         model.remember(tokens)
         yield Progress("check", model.epoch, model.loss, checkpoint=model.checkpoint(rows))
     checking = Progress("check", model.epoch, model.loss)
-    trained = model.head(NGrams())
-    after = yield from _each(measure(trained, held, embeddings), checking)
-    before = NOTHING if head is None else (yield from _each(measure(head, held, embeddings), checking))
+    trained = yield from _each(model.head(rows, embeddings), checking)
+    after = yield from _each(measure(trained, held), checking)
+    before = NOTHING if head is None else (yield from _each(measure(head, held), checking))
     if after.tokens <= before.tokens:
         yield Progress("done", model.epoch, model.loss, after, before)
         return
@@ -181,11 +183,9 @@ def _train(
     yield Progress("done", model.epoch, model.loss, after, before, head=best)
 
 
-def measure(
-    head: DraftHead, answers: Sequence[Answer], embeddings: Embeddings, slice_rows: int = 32
-) -> Generator[None, None, Score]:
+def measure(head: DraftHead, answers: Sequence[Answer], slice_rows: int = 32) -> Generator[None, None, Score]:
     """How `head` does on `answers` by itself, without n-grams, as it would be run; in slices."""
-    network, found = DraftNetwork(head, embeddings), Counts()
+    network, found = DraftNetwork(head), Counts()
     for answer in answers:
         tokens = answer.tokens.tolist()
         for row in range(len(answer.hidden) - 1):
@@ -193,7 +193,9 @@ def measure(
             logits = network.logits(s)
             found.first(head.vocabulary, logits, answer.ids[row + 1], answer.probabilities[row + 1])
             if row + 2 < len(answer.hidden) and head.vocabulary[int(logits.argmax())] == tokens[row + 2]:
-                likeliest = head.vocabulary[int(network.logits(network.next(s, tokens[row + 2], tokens[row + 1])).argmax())]
+                likeliest = head.vocabulary[
+                    int(network.logits(network.next(s, tokens[row + 2], tokens[row + 1])).argmax())
+                ]
                 p = answer.probabilities[row + 2][answer.ids[row + 2] == likeliest].sum()
                 found.second.append(float(p))
             if row % slice_rows == slice_rows - 1:
