@@ -181,8 +181,7 @@ class DraftNetwork:
         a += self.head.previous[self._place(previous)]
         r, m = self._width, self._gates
         gate = a[r + m :]
-        with np.errstate(over="ignore"):
-            s: FloatArray = a[:r] + self.head.mix @ (a[r : r + m] * gate / (1.0 + np.exp(-gate)))
+        s: FloatArray = a[:r] + self.head.mix @ (a[r : r + m] * gate / (1.0 + np.exp(-gate)))
         return s
 
     def _place(self, token: int) -> int:

@@ -222,10 +222,8 @@ class Model:
             state = self.optimizer.state[values]
             found |= {f"p.{name}": values, f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"]}
             found[f"best.{name}"] = self.best[name]
-        return {
-            name: np.array(value.detach() if isinstance(value, torch.Tensor) else value)
-            for name, value in found.items()
-        }
+        plain = {n: x.detach().numpy() if isinstance(x, torch.Tensor) else x for n, x in found.items()}
+        return {name: np.array(value) for name, value in plain.items()}
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint, rows: Rows) -> None:

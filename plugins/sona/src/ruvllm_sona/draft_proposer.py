@@ -76,8 +76,9 @@ class SonaProposer:
             logits: FloatArray | None = None
             if network is not None:
                 newest, previous = recent[-1], recent[-2:][0]
-                s = network.first(hidden, newest, previous) if s is None else network.next(s, newest, previous)
-                logits = network.logits(s)
+                with np.errstate(all="ignore"):  # looked for below
+                    s = network.first(hidden, newest, previous) if s is None else network.next(s, newest, previous)
+                    logits = network.logits(s)
                 if not np.isfinite(logits).all():
                     self._give_up(request.params.user, network.head)
                     break
@@ -86,7 +87,7 @@ class SonaProposer:
                 if len(recent) >= order and guess.add(text, recent[-order:], trust):
                     break
             token, likely = guess.likeliest()
-            if (sure := sure * likely) < self._least:
+            if not likely or (sure := sure * likely) < self._least:
                 break
             if not certain:
                 token = guess.draw(self._random)
