@@ -72,7 +72,7 @@ def test_learns_what_can_be_known() -> None:
 
 
 def test_noise_teaches_nothing_new() -> None:
-    """A head that knows the rule is not given up for one that was trained on noise, and noise beats no head it equals."""
+    """A head that knows the rule is not given up for one trained on noise, nor for one that is not better."""
     good = last(None, answers(60), embeddings(), CONFIG).head
     assert good is not None
     mixed = [
@@ -88,7 +88,7 @@ def test_noise_teaches_nothing_new() -> None:
 
 def test_goes_on_where_it_was_interrupted() -> None:
     texts, config = answers(30), replace(CONFIG, dropout=0.3)
-    whole = [progress for progress in train(None, texts, embeddings(), config)]
+    whole = list(train(None, texts, embeddings(), config))
     saved = next(p.checkpoint for p in whole if p.checkpoint is not None and p.epoch == 2)
     resumed = last(None, texts, embeddings(), config, resume=saved)
     first, second = whole[-1].head, resumed.head

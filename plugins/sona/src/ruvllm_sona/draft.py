@@ -181,7 +181,8 @@ class DraftNetwork:
         a += self.head.previous[self._place(previous)]
         r, m = self._width, self._gates
         gate = a[r + m :]
-        s: FloatArray = a[:r] + self.head.mix @ (a[r : r + m] * gate / (1.0 + np.exp(-gate)))
+        gated: FloatArray = a[r : r + m] * gate / (np.float32(1) + np.exp(-gate))
+        s: FloatArray = a[:r] + self.head.mix @ gated
         return s
 
     def _place(self, token: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class Rows:
         previous = np.concatenate([answer.tokens[:-2] for answer in answers])
         self.tokens, places = np.unique(np.concatenate([newest, previous]), return_inverse=True)
         self.embedding = torch.from_numpy(embeddings.embed(self.tokens))
-        self.newest, self.previous = torch.from_numpy(places.astype(np.int64)).split(len(newest))
+        self.newest, self.previous = torch.from_numpy(places.astype(np.int64).reshape(2, -1))
         ids = np.concatenate([answer.ids[1:] for answer in answers])
         known = np.minimum(np.searchsorted(vocabulary, ids), len(vocabulary) - 1)
         inside = vocabulary[known] == ids
@@ -145,7 +145,8 @@ class Model:
         order, total = torch.randperm(len(rows), generator=self.noise), 0.0
         for step in range(count):
             batch = order[step * config.batch : (step + 1) * config.batch]
-            for half in batch.split(config.half):
+            for begin in range(0, len(batch), config.half):
+                half = batch[begin : begin + config.half]
                 loss = self._loss(rows, half) * (len(half) / len(batch))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
@@ -216,7 +217,7 @@ class Model:
     def checkpoint(self, rows: Rows) -> Checkpoint:
         """Copies of everything, as arrays."""
         numbers = [self.epoch, self.steps, self.stale, rows.fingerprint(), self.config.width, self.config.gates]
-        found = {"numbers": np.array(numbers), "floats": np.array([self.loss, self.best_score])}
+        found: dict[str, Any] = {"numbers": numbers, "floats": [self.loss, self.best_score]}
         found |= {"mean": self.mean, "deviation": self.deviation, "scale": self.scale, "vocabulary": self.vocabulary}
         for name, values in self.p.items():
             state = self.optimizer.state[values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ class NGrams:
         return {f"{order}.{name}": array for order, table in pairs for name, array in zip("kf", table, strict=True)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.generic]]) -> NGrams:
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> NGrams:
         """Raises `LearningError` or `KeyError` for arrays that are none of these."""
         tables = []
         for order in ORDERS:

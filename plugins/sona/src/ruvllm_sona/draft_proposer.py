@@ -70,7 +70,9 @@ class SonaProposer:
         text.update(token_ids)
         network = self._network(request.params.user)
         certain = request.params.repeatable or network is None
-        recent, tokens, rows, sure = list(token_ids[-max(ORDERS) :]), [], [], 1.0
+        recent, sure = list(token_ids[-max(ORDERS) :]), 1.0
+        tokens: list[int] = []
+        rows: list[FloatArray] = []
         s: FloatArray | None = None
         while len(tokens) < k and sure >= self._further:
             logits: FloatArray | None = None

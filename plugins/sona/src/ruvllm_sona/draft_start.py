@@ -64,7 +64,7 @@ def leading(matrix: Tensor, count: int, seed: int) -> Slices:
     import torch
 
     start = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(len(matrix), count, generator=start))[0]
+    basis: Tensor = torch.linalg.qr(torch.randn(len(matrix), count, generator=start))[0]
     yield
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(matrix @ basis)[0]

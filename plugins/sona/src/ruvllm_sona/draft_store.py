@@ -136,6 +136,6 @@ def _check(answers: Iterable[Answer]) -> None:
     for answer in answers:
         n = len(answer.tokens) - 1
         shapes = answer.hidden.shape[:1], answer.ids.shape, answer.probabilities.shape
-        types = answer.tokens.dtype, answer.hidden.dtype, answer.ids.dtype, answer.probabilities.dtype
-        if shapes != ((n,), (n, TEACHER), (n, TEACHER)) or types != (np.int32, np.float16, np.int32, np.float16):
+        types = [str(getattr(answer, name).dtype) for name in _FIELDS]
+        if shapes != ((n,), (n, TEACHER), (n, TEACHER)) or types != ["int32", "float16", "int32", "float16"]:
             raise ValueError(f"an answer of {n} tokens has arrays {shapes} of {types}")
