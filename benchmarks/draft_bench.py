@@ -161,7 +161,7 @@ def compare(sides: Mapping[str, Side], seed: int) -> dict[str, Any]:
     def interval(values: Sequence[float]) -> list[float]:
         return [round(float(values[0]), 3), *(round(float(x), 3) for x in np.percentile(values[1:], [2.5, 97.5]))]
 
-    found: dict[str, Any] = {"tok_s": {name: round(speed(name, draws[0]), 1) for name in SIDES}}
+    found: dict[str, Any] = {"prompts": count, "tok_s": {name: round(speed(name, draws[0]), 1) for name in SIDES}}
     for name in SIDES[1:]:
         found[name] = {
             "speedup": interval([speed(name, rows) / speed("off", rows) for rows in draws]),
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=[*KINDS, "both"], default="both")
     parser.add_argument("--who", choices=("user", "stranger", "both"), default="both")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="ask no further questions of one kind after that")
     parser.add_argument("--keep", type=Path, help="a folder for answers and head")
     args = parser.parse_args()
     store, took, head_file = DraftStore(256 << 20), {}, args.keep / "head.safetensors" if args.keep else None
@@ -211,7 +212,10 @@ def main() -> None:
             for kind in KINDS if args.kind == "both" else [args.kind]:
                 params = GenerateParams(max_tokens=args.max_tokens, **KINDS[kind])
                 sides = {name: Side() for name in SIDES}
+                ends = time.perf_counter() + args.limit_s
                 for turn, prompt in enumerate(people[who]):
+                    if time.perf_counter() > ends:
+                        break
                     for name in SIDES if turn % 2 else SIDES[::-1]:
                         loop.heads.publish("", head if name == "after" else None)
                         sides[name].add(plain if name == "off" else drafting, prompt, params)
