@@ -90,13 +90,13 @@ TEMPLATES = (
     "Share an interesting fact about {}.",
     "Name one thing about {}.",
     "What is the best thing about {}?",
-    "Do you like {}?",
+    "Explain {} in simple words.",
     "What do you think of {}?",
     "Tell me about your first experience with {}.",
-    "What do you remember when you hear of {}?",
+    "Write a short note about {}.",
     "Chat with me about {}.",
-    "Suggest a question about {} for a quiz.",
-    "Start a quiz about {}.",
+    "Write a question about {}.",
+    "Ask me a question about {}.",
     "Write one line about {}.",
 )
 

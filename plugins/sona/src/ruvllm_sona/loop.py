@@ -11,8 +11,9 @@ from typing import Any
 from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import Request, Trajectory
 from ruvllm_core.log import get_logger
-from ruvllm_core.protocols import Adapter, FeedbackResult, LearningContext, LowRank
+from ruvllm_core.protocols import Adapter, FeedbackResult, LearningContext, LowRank, Proposer
 from ruvllm_sona.brain import Brain
+from ruvllm_sona.drafting import Drafting
 from ruvllm_sona.files import folder_name
 from ruvllm_sona.fingerprint import Fingerprint
 from ruvllm_sona.pooled import Pooler
@@ -51,7 +52,7 @@ class SonaLoop:
     def __init__(self, context: LearningContext) -> None:
         self._context = context
         self.settings: SonaSettings = context.options or SonaSettings()
-        self.wants_hidden = self.settings.instant or self.settings.drafts
+        self.wants_hidden = self.settings.instant
         key = folder_name(Fingerprint.of(context.spec, context.weights).text())
         self.folder = context.state_dir / key
         self._pooler = Pooler(context.weights["embed"], context.tokenizer)
@@ -63,8 +64,11 @@ class SonaLoop:
         self._held = 0
         self._schedule = Schedule()
         self.study = Study(context, self.settings)
+        self._drafting: Drafting | None = None
 
     def adapter(self, request: Request) -> Adapter | None:
+        if self._drafting is not None:
+            self._drafting.know(request.params.user)
         tenant = self._find(request.params.user)
         brain = tenant.route(request.prompt_ids) if isinstance(tenant, Tenant) else None
         micro = (brain.micro.version, brain.micro.current) if brain is not None else None
@@ -74,6 +78,8 @@ class SonaLoop:
         return brain.adapter() if brain is not None else None
 
     def observe(self, trajectory: Trajectory) -> None:
+        if self._drafting is not None:
+            self._drafting.observe(trajectory)
         user, brain, micro = self._running.pop(trajectory.request_id, (trajectory.params.user, None, None))
         answer = _Answer(trajectory, user, brain, micro)
         self._answers[trajectory.request_id] = answer
@@ -159,11 +165,18 @@ class SonaLoop:
             put_files(self.folder / folder_name(user), files)
             self._open(user)
 
-    def proposer(self) -> None:
-        return None
+    def proposer(self) -> Proposer | None:
+        if not self.settings.drafts:
+            return None
+        if self._drafting is None:
+            self._drafting = Drafting(self.folder, self._context, self._schedule)
+            self.wants_hidden = True
+        return self._drafting.proposer()
 
     def close(self) -> None:
         self._schedule.drop()
+        if self._drafting is not None:
+            self._drafting.close()
         for tenant in self._tenants.values():
             if isinstance(tenant, Tenant):
                 tenant.close()
@@ -175,6 +188,15 @@ class SonaLoop:
         tenant = self._open(user)
         if not self._schedule.has(name := f"deep {tenant.folder.name}"):
             self._schedule.add(name, self.study.deep(tenant), rank=3)
+
+    def forget(self, user: str = "", request_id: str = "") -> int:
+        """Forget one answer of a user, or with an empty id everything (see `Tenant.forget`); drafts forget all."""
+        if self._drafting is not None:
+            self._drafting.forget(user)
+        tenant = self._open(user)
+        dropped = tenant.forget(request_id)
+        self._plan(tenant)
+        return dropped
 
     def tenant(self, user: str = "") -> Tenant:
         """A user's memory, for whoever looks at it or changes it on the engine's thread. Raises `LearningError`."""

@@ -15,6 +15,7 @@ from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import FloatArray
 from ruvllm_sona.audit import Audit
 from ruvllm_sona.brain import Brain
+from ruvllm_sona.drafting import ANSWERS, HEAD
 from ruvllm_sona.files import FolderLock, load_tensors, save_tensors, write_atomic
 from ruvllm_sona.frames import Record, feedback
 from ruvllm_sona.ledger import Ledger, Limits
@@ -116,6 +117,8 @@ class Tenant:
         """
         before = self.brains[SHARED].number
         dropped = self.log.rewrite(lambda record: _about(record, request_id))
+        for name in (HEAD, ANSWERS):
+            (self.folder / name).unlink(missing_ok=True)
         for brain in self.brains.values():
             brain.versions.rollback(0)
             brain.versions.remove(one.number for one in brain.versions.kept())

@@ -106,7 +106,7 @@ def gradients(
     drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
     answers = AnswerTokens(network, way.x[owner, places], targets, owner, drawn_at)
     yield None
-    if config.leash or config.saturation:
+    if config.saturation or config.leash:
         tied, stack = reference or (network, AdapterStack({}, {}))
         base = Pass(tied, stack, tokens=tokens, keep=False)
         for _ in base.forward():

@@ -1,0 +1,92 @@
+"""Drafts are learned from what an engine answers, kept, used by the next one, and forgotten on request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ruvllm_core.generate.request import GenerateParams, Trajectory
+from ruvllm_core.protocols import LearningContext
+from ruvllm_core.testing import tiny
+from ruvllm_sona.drafting import ANSWERS, HEAD
+from ruvllm_sona.files import folder_name
+from ruvllm_sona.loop import SonaLoop
+
+SPEC = tiny.tiny_spec()
+
+
+def loop(folder) -> SonaLoop:
+    weights = tiny.tiny_weights(SPEC)
+    return SonaLoop(LearningContext(SPEC, tiny.tiny_decoder(SPEC, weights), "tiny", folder, weights=weights))
+
+
+def answer(number: int, user: str) -> Trajectory:
+    """An answer in which every token follows from the one before, and from its state."""
+    rng = np.random.default_rng(number)
+    ids = [(number * 7 + 5 * n) % 40 for n in range(24)]
+    hidden = np.zeros((24, SPEC.hidden_size), np.float32)
+    hidden[np.arange(24), np.array(ids) % SPEC.hidden_size] = 8.0
+    hidden += rng.normal(0, 0.1, hidden.shape).astype(np.float32)
+    params = GenerateParams(temperature=0.0, user=user)
+    return Trajectory(f"{user}-{number}", (1, 2, ids[0]), tuple(ids), "", "length", params, hidden=hidden)
+
+
+def test_nothing_is_collected_unless_drafts_are_asked_for(tmp_path) -> None:
+    own = loop(tmp_path)
+    for n in range(30):
+        own.observe(answer(n, "ann"))
+    own.close()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_drafts_are_learned_and_kept_and_forgotten(tmp_path) -> None:
+    own = loop(tmp_path)
+    proposer = own.proposer()
+    assert proposer is not None and own.wants_hidden
+    for n in range(60):
+        own.observe(answer(n, "ann"))
+    for _ in range(20_000):
+        if not own.tick(0.05):
+            break
+    folder = own.folder / folder_name("ann")
+    assert (folder / HEAD).exists()
+    own.close()
+    assert (folder / ANSWERS).exists()
+
+    again = loop(tmp_path)
+    drafts = again.proposer()
+    assert drafts is not None
+    asked = tiny.tiny_request((1, 2, 3), user="ann")
+    again.adapter(asked)
+    seen = answer(77, "ann")
+    assert seen.hidden is not None
+    found = drafts.propose(asked, [1, 2, *seen.output_ids[:9]], 3, seen.hidden[8])
+    assert found.tokens, "a head that has learned a plain rule drafts"
+    assert list(found.tokens) == list(seen.output_ids[9 : 9 + len(found.tokens)])
+    stranger = tiny.tiny_request((1, 2, 3), user="bob")
+    again.adapter(stranger)
+    assert not drafts.propose(stranger, [1, 2, 3, 4, 5], 3, seen.hidden[8]).tokens
+    again.forget("ann")
+    assert not (folder / HEAD).exists() and not (folder / ANSWERS).exists()
+    again.close()
+
+
+def test_switched_off(tmp_path) -> None:
+    weights = tiny.tiny_weights(SPEC)
+    from ruvllm_sona.settings import SonaSettings
+
+    context = LearningContext(SPEC, SimpleNamespace(), "tiny", tmp_path, SonaSettings(drafts=False), weights)  # type: ignore[arg-type]
+    assert SonaLoop(context).proposer() is None
+
+
+@pytest.mark.parametrize("name", [HEAD, ANSWERS])
+def test_damaged_files_are_no_reason_to_stop(tmp_path, name: str) -> None:
+    own = loop(tmp_path)
+    folder = own.folder / folder_name("ann")
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(b"nonsense")
+    assert own.proposer() is not None
+    own.observe(answer(1, "ann"))
+    own.close()
