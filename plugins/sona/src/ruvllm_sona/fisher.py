@@ -36,7 +36,7 @@ class FisherProbe(AdapterStack):
             self.outputs[name] = self.outputs[name] + found if name in self.outputs else found
 
         if y.requires_grad:
-            y.register_hook(back)
+            y.register_hook(back)  # type: ignore[no-untyped-call]
         return y
 
 

@@ -53,7 +53,7 @@ class FrozenLinear:
         if self.weight is not None:
             y = F.linear(x.to(self._dtype), self.weight).float()
         else:
-            y = _Decoded.apply(x, self)
+            y = _Decoded.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self._bias is None else y + self._bias
 
     @property

@@ -104,9 +104,10 @@ class Network:
         """Layer `n` of the residual stream; `rope` comes from `rope`, `attend` is causal attention unless given."""
         layer, spec, prefix = self._layers[n], self.spec, f"layers.{n}."
         normed = self._norm(x, layer["attn_norm"])
-        parts = self._linear(layer["attn.qkv"], normed).split([width * spec.head_dim for width in self._widths], -1)
+        widths = [width * spec.head_dim for width in self._widths]
+        parts = self._linear(layer["attn.qkv"], normed).split(widths, -1)  # type: ignore[no-untyped-call]
         query, key, value = (
-            adapters.add(prefix + site, normed, part).unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+            adapters.add(prefix + site, normed, part).unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)  # type: ignore[no-untyped-call]
             for site, part in zip(_FUSED["attn.qkv"], parts, strict=True)
         )
         query, key = (turn(one, *rope, interleaved=spec.rope_interleaved) for one in (query, key))

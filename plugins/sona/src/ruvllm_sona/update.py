@@ -72,7 +72,7 @@ class Pass:
         while self._kept:
             x, y = self._kept.pop()
             if y.requires_grad:
-                y.backward(grad)
+                y.backward(grad)  # type: ignore[no-untyped-call]
             if x.grad is None:
                 break
             grad = x.grad
