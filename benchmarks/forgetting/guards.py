@@ -1,0 +1,155 @@
+"""What keeps cells from forgetting, apart from replay: nothing, or a proximal step after every step of Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from forgetting import arms
+from forgetting.arms import Cell
+from forgetting.subject import Subject
+from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.consolidate import Probe, all_alike, answer_fisher, averaged, held, normalized, prox
+
+if TYPE_CHECKING:
+    from forgetting.lockstep import Training
+
+
+class Guard:
+    """Keeps nothing; the base of those that do.
+
+    Attributes:
+        numbers: float32 numbers that are kept of earlier tasks.
+    """
+
+    numbers = 0
+
+    def look(self, subject: Subject, tokens: Tensor, lengths: Tensor) -> bool:
+        """Look at texts of the task just learned; False if that is of no use."""
+        return False
+
+    def consolidate(self, number: int) -> None:
+        """Keep what was learned up to task `number`."""
+
+    def hold(self) -> None:
+        """After a step of Adam."""
+
+
+class ProductGuard(Guard):
+    """EWC++ of ΔW, and L2 as its special case; λ may differ from cell to cell."""
+
+    def __init__(self, stack: AdapterStack, cells: Sequence[Cell], training: Training) -> None:
+        self._stack, self._average = stack, training.average
+        device = stack.parameters()[0].device
+        self._strength = torch.tensor([training.learning_rate * cell.arm.strength for cell in cells], device=device)
+        self._plain = torch.tensor([cell.arm.way == arms.L2 for cell in cells], device=device)
+        self._random = torch.Generator(device).manual_seed(0)
+        self._probe: Probe | None = None
+        self._fisher: dict[str, tuple[Tensor, Tensor]] = {}
+        self._anchor = stack
+
+    def look(self, subject: Subject, tokens: Tensor, lengths: Tensor) -> bool:
+        if self._probe is None:
+            self._probe = Probe(self._stack)
+        for _ in answer_fisher(subject.network, self._probe, tokens, lengths - 1, self._random):
+            pass
+        for factor in self._stack.parameters():
+            factor.grad = None
+        return True
+
+    def consolidate(self, number: int) -> None:
+        if self._probe is None:
+            raise RuntimeError("nothing was looked at")
+        now, self._probe = normalized(self._probe), None
+        self._fisher = averaged(self._fisher, now, self._average or 1.0 / (number + 1)) if self._fisher else now
+        for name, plain in all_alike(self._stack).items():
+            chosen = (
+                torch.where(self._plain[:, None], one, other)
+                for one, other in zip(plain, self._fisher[name], strict=True)
+            )
+            u, v = chosen
+            self._fisher[name] = u, v
+        self._anchor = held(self._stack)
+        factors = [factor[0].numel() for factor in self._anchor.parameters()]
+        self.numbers = sum(factors) + sum(u.shape[1] + v.shape[1] for u, v in self._fisher.values())
+
+    def hold(self) -> None:
+        prox(self._stack, self._anchor, self._fisher, self._strength)
+
+
+class FactorProbe(Probe):
+    """Squares of gradients by A and by B themselves, summed over tokens, not of ΔW."""
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        y = self._stack.add(name, x, y)
+        if name not in self.sites or not y.requires_grad:
+            return y
+        a, b = (factor.detach() for factor in self.sites[name])
+        x = x.detach()
+
+        def back(grad: Tensor) -> None:
+            g, s = (one.reshape(len(a), -1, one.shape[-1]) for one in (grad, x))
+            by_a = torch.einsum("gtr,gti->gri", (g @ b).square(), s.square())
+            by_b = torch.einsum("gto,gtr->gor", g.square(), (s @ a.mT).square())
+            for kept, found in zip((self.rows, self.columns), (by_a, by_b), strict=True):
+                kept[name] = kept[name] + found if name in kept else found
+
+        y.register_hook(back)
+        return y
+
+
+class FactorGuard(Guard):
+    """EWC++ with Fisher information of A and of B, each in units of the mean over all of them."""
+
+    def __init__(self, stack: AdapterStack, cells: Sequence[Cell], training: Training) -> None:
+        self._stack, self._average = stack, training.average
+        device = stack.parameters()[0].device
+        strength = [training.learning_rate * cell.arm.strength for cell in cells]
+        self._strength = torch.tensor(strength, device=device)[:, None, None]
+        self._random = torch.Generator(device).manual_seed(0)
+        self._probe: FactorProbe | None = None
+        self._fisher: list[Tensor] = []
+        self._anchor: list[Tensor] = []
+
+    def look(self, subject: Subject, tokens: Tensor, lengths: Tensor) -> bool:
+        if self._probe is None:
+            self._probe = FactorProbe(self._stack)
+        for _ in answer_fisher(subject.network, self._probe, tokens, lengths - 1, self._random):
+            pass
+        for factor in self._stack.parameters():
+            factor.grad = None
+        return True
+
+    def consolidate(self, number: int) -> None:
+        probe, self._probe = self._probe, None
+        if probe is None:
+            raise RuntimeError("nothing was looked at")
+        now = [part for name in self._stack.sites for part in (probe.rows[name], probe.columns[name])]
+        mean = torch.stack([part.sum((1, 2)) for part in now]).sum(0) / sum(part[0].numel() for part in now)
+        now = [part / mean[:, None, None] for part in now]
+        weight = self._average or 1.0 / (number + 1)
+        pairs = zip(self._fisher, now, strict=True) if self._fisher else zip(now, now, strict=True)
+        self._fisher = [(1.0 - weight) * old + weight * new for old, new in pairs]
+        self._anchor = held(self._stack).parameters()
+        self.numbers = 2 * sum(part[0].numel() for part in self._anchor)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        for factor, anchor, weight in zip(self._stack.parameters(), self._anchor, self._fisher, strict=True):
+            pull = self._strength * weight
+            factor.copy_((factor + pull * anchor) / (1.0 + pull))
+
+
+def guard_of(stack: AdapterStack, cells: Sequence[Cell], training: Training) -> Guard:
+    """What the cells' way asks for; those of ΔW, of any λ and none, go together."""
+    ways = {cell.arm.way for cell in cells}
+    if ways <= {arms.NONE, arms.EWC, arms.L2}:
+        return ProductGuard(stack, cells, training)
+    if ways == {arms.FACTORS}:
+        return FactorGuard(stack, cells, training)
+    if ways == {arms.REPLAY}:
+        return Guard()
+    raise ValueError(f"{sorted(ways)} do not learn together")
