@@ -32,7 +32,7 @@ class Training:
         steps: for a task.
         batch: texts of the task to a step; replay adds as many of earlier tasks.
         average: weight of the newest task in EWC++'s moving average; 0 is the mean over tasks.
-        rows: most rows of a batch that is only looked at.
+        rows: most rows of a batch that is only answered.
     """
 
     rank: int = 4
@@ -79,7 +79,8 @@ class Fleet:
             self._task(number)
             own = [self.tasks[cell.order[number]] for cell in self.cells]
             if number + 1 < len(self.tasks):
-                seen = [self.guard.look(self.subject, *batch) for batch in self._looks([one.train for one in own])]
+                looks = self._looks([one.train for one in own], self.training.batch)
+                seen = [self.guard.look(self.subject, *batch) for batch in looks]
                 if any(seen):
                     self.guard.consolidate(number)
             for before in range(number + 1):
@@ -129,15 +130,12 @@ class Fleet:
                 found += [_example(*kept[n]) for n in others.integers(0, len(kept), batch)]
             yield found
 
-    def _looks(self, texts: Sequence[Texts]) -> Iterator[tuple[Tensor, Tensor]]:
-        """All texts of each cell, a part at a time: tokens ``[G·n, T]`` and lengths ``[G·n]``."""
-        each = max(1, self.training.rows // len(texts))
+    def _looks(self, texts: Sequence[Texts], each: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All texts of each cell, `each` at a time: tokens ``[G·n, T]`` and lengths ``[G·n]``."""
         for first in range(0, max(map(len, texts)), each):
             parts = [(one.tokens[first : first + each], one.lengths[first : first + each]) for one in texts]
             longest = max(int(lengths.max()) for _, lengths in parts)
-            tokens = torch.cat(
-                [torch.nn.functional.pad(ids, (0, longest))[:, :longest] for ids, _ in parts]
-            )
+            tokens = torch.cat([torch.nn.functional.pad(ids, (0, longest))[:, :longest] for ids, _ in parts])
             yield tokens.to(self._device), torch.cat([lengths for _, lengths in parts]).to(self._device)
 
     @torch.no_grad()
@@ -145,7 +143,7 @@ class Fleet:
         right = torch.zeros(len(self.cells), device=self._device)
         done = 0
         network, answers = self.subject.network, self._answers(tasks)
-        for tokens, lengths in self._looks([one.test for one in tasks]):
+        for tokens, lengths in self._looks([one.test for one in tasks], max(1, self.training.rows // len(tasks))):
             x = network.hidden(tokens, self.stack)[torch.arange(len(tokens), device=self._device), lengths - 1]
             count = len(tokens) // len(tasks)
             logits = network.logits(x).view(len(tasks), count, -1)

@@ -91,9 +91,7 @@ def test_prox_solves_for_b_and_then_for_a(rank: int) -> None:
     prox(now, anchor, fisher, strength)
     for name, (u, v) in fisher.items():
         for row in range(ROWS):
-            (a0, b0), (a1, b1) = (
-                [factor[row].double() for factor in one.sites[name]] for one in (begun, now)
-            )
+            (a0, b0), (a1, b1) = ([factor[row].double() for factor in one.sites[name]] for one in (begun, now))
             target, weight = dense(anchor, name, row), strength[row] * u[row, :, None].double() * v[row].double()
             for a, b, wrt, start in ((a0, b1, "b", b0), (a1, b1, "a", a0)):
                 a, b = a.clone().requires_grad_(), b.clone().requires_grad_()

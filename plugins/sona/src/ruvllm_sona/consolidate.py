@@ -90,9 +90,7 @@ def normalized(probe: Probe) -> dict[str, tuple[Tensor, Tensor]]:
     if not bool((torch.isfinite(total) & (total > 0)).all()):
         raise LearningError("Fisher information is not finite, or zero everywhere")
     entries = sum(u.shape[-1] * probe.columns[name].shape[-1] for name, u in probe.rows.items())
-    return {
-        name: (u * (entries / total)[:, None], _shares(probe.columns[name])) for name, u in probe.rows.items()
-    }
+    return {name: (u * (entries / total)[:, None], _shares(probe.columns[name])) for name, u in probe.rows.items()}
 
 
 def averaged(before: Factors, now: Factors, weight: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -162,7 +160,9 @@ def prox(stack: AdapterStack, anchor: AdapterStack, fisher: Factors, strength: T
             stack.sites[name][1][picked] = b[n]
 
 
-def _solve(start: Tensor, fixed: Tensor, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+def _solve(
+    start: Tensor, fixed: Tensor, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, scale: float
+) -> Tensor:
     """Each row x of ``[…, n, r]`` with the least ``½|x − x⁰|² + ½ rows_i Σ_j columns_j (s·x·fixed − left_i·right)_j²``.
 
     The matrices of all rows have the same eigenvectors, so one small decomposition solves them all.
