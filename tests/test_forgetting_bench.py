@@ -45,7 +45,7 @@ def test_forgetting_and_choice_by_hand(report) -> None:
     assert report.choose([weak, strong], [none], "ewc", 0.95).strength == 1.0
     assert report.choose([weak, strong], [none], "ewc", 0.5).strength == 9.0
     assert report.choose([strong], [none], "ewc", 0.95) is None
-    assert "| EWC++, of ΔW, λ = 1 | 1 | 70.0 % | 100.0 % | 15.0 | -57 %" in report.table(
+    assert "| EWC++, numbers of ΔW, λ = 1 | 1 | 70.0 % | 100.0 % | 15.0 | -57 %" in report.table(
         "", report.summarize([weak], [none]), {}
     )
 
@@ -94,8 +94,8 @@ def test_it_runs(tmp_path: Path) -> None:
     found = json.loads(out.read_text(encoding="utf-8"))
     arms = {(row["way"], row["seed"]) for row in found["rows"]}
     assert arms == {
-        ("none", 0), ("ewc", 0), ("l2", 0), ("factors", 0),
-        ("none", 1), ("ewc", 1), ("l2", 1), ("factors", 1), ("replay", 1),
+        ("none", 0), ("directions", 0), ("ewc", 0), ("l2", 0), ("factors", 0),
+        ("none", 1), ("directions", 1), ("ewc", 1), ("l2", 1), ("factors", 1), ("replay", 1),
     }  # fmt: skip
     by_arm = {one["arm"]["way"]: one for one in found["summary"]}
     assert by_arm["none"]["memory_bytes"] == 0

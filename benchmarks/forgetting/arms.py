@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NONE, EWC, L2, FACTORS, REPLAY = "none", "ewc", "l2", "factors", "replay"
+NONE, DIRECTIONS, EWC, L2, FACTORS, REPLAY = "none", "directions", "ewc", "l2", "factors", "replay"
 LABELS = {
     NONE: "without",
-    EWC: "EWC++, of ΔW",
+    DIRECTIONS: "EWC++, directions of ΔW",
+    EWC: "EWC++, numbers of ΔW",
     L2: "L2 to the anchor, of ΔW",
-    FACTORS: "EWC++, of A and B apart",
+    FACTORS: "EWC++, numbers of A and B apart",
     REPLAY: "replay",
 }
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from forgetting import arms
 from forgetting.arms import Cell
 from forgetting.subject import Subject
+from ruvllm_sona import curvature
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.consolidate import Probe, all_alike, answer_fisher, averaged, held, normalized, prox
+from ruvllm_sona.curvature import DirectionProbe, Hold, Sketch
 
 if TYPE_CHECKING:
     from forgetting.lockstep import Training
@@ -22,10 +24,10 @@ class Guard:
     """Keeps nothing; the base of those that do.
 
     Attributes:
-        numbers: float32 numbers that are kept of earlier tasks.
+        kept: bytes that are kept of earlier tasks, for one cell.
     """
 
-    numbers = 0
+    kept = 0
 
     def look(self, subject: Subject, tokens: Tensor, lengths: Tensor) -> bool:
         """Look at texts of the task just learned; False if that is of no use."""
@@ -74,10 +76,47 @@ class ProductGuard(Guard):
             self._fisher[name] = u, v
         self._anchor = held(self._stack)
         factors = [factor[0].numel() for factor in self._anchor.parameters()]
-        self.numbers = sum(factors) + sum(u.shape[1] + v.shape[1] for u, v in self._fisher.values())
+        self.kept = 4 * (sum(factors) + sum(u.shape[1] + v.shape[1] for u, v in self._fisher.values()))
 
     def hold(self) -> None:
         prox(self._stack, self._anchor, self._fisher, self._strength)
+
+
+class DirectionGuard(Guard):
+    """EWC++ of ΔW with Fisher information that knows directions."""
+
+    def __init__(self, stack: AdapterStack, cells: Sequence[Cell], training: Training) -> None:
+        self._stack, self._average, self._columns = stack, training.average, training.columns
+        device = stack.parameters()[0].device
+        self._strength = torch.tensor([training.learning_rate * cell.arm.strength for cell in cells], device=device)
+        self._random = torch.Generator(device).manual_seed(0)
+        self._probe: DirectionProbe | None = None
+        self._fisher: dict[str, tuple[Sketch, Sketch]] = {}
+        self._hold: Hold | None = None
+
+    def look(self, subject: Subject, tokens: Tensor, lengths: Tensor) -> bool:
+        if self._probe is None:
+            self._probe = DirectionProbe(self._stack, self._columns)
+        for _ in answer_fisher(subject.network, self._probe, tokens, lengths - 1, self._random):
+            pass
+        for factor in self._stack.parameters():
+            factor.grad = None
+        return True
+
+    def consolidate(self, number: int) -> None:
+        if self._probe is None:
+            raise RuntimeError("nothing was looked at")
+        now, self._probe = curvature.normalized(self._probe.found), None
+        weight = self._average or 1.0 / (number + 1)
+        self._fisher = curvature.averaged(self._fisher, now, weight) if self._fisher else now
+        self._hold = None  # room for the next
+        self._hold = Hold(self._stack, self._fisher)
+        factors = [factor[0].numel() for factor in self._stack.parameters()]
+        self.kept = 4 * sum(factors) + sum(8 * one.image[0].numel() for both in self._fisher.values() for one in both)
+
+    def hold(self) -> None:
+        if self._hold is not None:
+            self._hold.prox(self._stack, self._strength)
 
 
 class FactorProbe(Probe):
@@ -134,7 +173,7 @@ class FactorGuard(Guard):
         pairs = zip(self._fisher, now, strict=True) if self._fisher else zip(now, now, strict=True)
         self._fisher = [(1.0 - weight) * old + weight * new for old, new in pairs]
         self._anchor = held(self._stack).parameters()
-        self.numbers = 2 * sum(part[0].numel() for part in self._anchor)
+        self.kept = 8 * sum(part[0].numel() for part in self._anchor)
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -148,6 +187,8 @@ def guard_of(stack: AdapterStack, cells: Sequence[Cell], training: Training) -> 
     ways = {cell.arm.way for cell in cells}
     if ways <= {arms.NONE, arms.EWC, arms.L2}:
         return ProductGuard(stack, cells, training)
+    if ways == {arms.DIRECTIONS}:
+        return DirectionGuard(stack, cells, training)
     if ways == {arms.FACTORS}:
         return FactorGuard(stack, cells, training)
     if ways == {arms.REPLAY}:

@@ -32,6 +32,7 @@ class Training:
         steps: for a task.
         batch: texts of the task to a step; replay adds as many of earlier tasks.
         average: weight of the newest task in EWC++'s moving average; 0 is the mean over tasks.
+        columns: of the sketches of directions.
         rows: most rows of a batch that is only answered.
     """
 
@@ -40,6 +41,7 @@ class Training:
     steps: int = 60
     batch: int = 8
     average: float = 0.0
+    columns: int = 32
     rows: int = 2048
 
 

@@ -16,7 +16,7 @@ from forgetting.report import Row, choose, summarize, table
 from forgetting.subject import Subject
 from forgetting.tasks import Task, load
 
-_TOGETHER = ((arms.NONE, arms.EWC, arms.L2), (arms.FACTORS,), (arms.REPLAY,))
+_TOGETHER = ((arms.NONE, arms.EWC, arms.L2), (arms.DIRECTIONS,), (arms.FACTORS,), (arms.REPLAY,))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _learn(
         fleet.learn(say)
         for n, cell in enumerate(fleet.cells):
             found.append(Row(cell, fleet.accuracy[n], fleet.moved[n]))
-            kept = _replayed(tasks, cell) if cell.arm.way == arms.REPLAY else 4 * fleet.guard.numbers
+            kept = _replayed(tasks, cell) if cell.arm.way == arms.REPLAY else fleet.guard.kept
             memory[cell.arm] = max(memory.get(cell.arm, 0), 0 if cell.arm.way == arms.NONE else kept)
     return found
 

@@ -55,9 +55,9 @@ class Probe(AdapterStack):
 
 
 def answer_fisher(
-    network: Network, probe: Probe, tokens: Tensor, places: Tensor, random: torch.Generator
+    network: Network, probe: AdapterStack, tokens: Tensor, places: Tensor, random: torch.Generator
 ) -> Iterator[None]:
-    """Add to the probe the squares of gradients of ``log p(y)`` at one place a row, y drawn from the model itself.
+    """Show a probe the gradients of ``log p(y)`` at one place a row, y drawn from the model itself.
 
     Args:
         tokens: int64 ``[G·n, T]``.
