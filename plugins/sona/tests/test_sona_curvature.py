@@ -130,7 +130,7 @@ def test_what_is_orthogonal_to_all_inputs_seen_is_free() -> None:
     anchor = AdapterStack({name: (a.clone(), b.clone()) for name, (a, b) in begun.sites.items()}, begun.scales)
     hold = Hold(anchor, fisher)
     for name, (a, _) in begun.sites.items():
-        v = hold.spectra[name][1]
+        v = fisher[name][1].spectrum()
         real = (v.values > 1e-6 * v.values.max()).to(a.dtype)[:, None]
         seen = v.vectors.float() * real
         a += 3.0 * (a - (a @ seen) @ seen.mT)
@@ -149,6 +149,8 @@ def test_nonsense_is_refused() -> None:
             hold.prox(now, torch.tensor([0.0, strength, 1.0]))
     with pytest.raises(LearningError, match="no gradient"):
         normalized({})
+    with pytest.raises(LearningError, match="no delta"):
+        Hold(AdapterStack({}, {}), sketches(2))
     with pytest.raises(LearningError, match="no delta"):
         hold.prox(AdapterStack({}, {}), torch.ones(ROWS))
 

@@ -50,7 +50,7 @@ class Probe(AdapterStack):
             for held, sums in zip((self.rows, self.columns), found, strict=True):
                 held[name] = held[name] + sums if name in held else sums
 
-        y.register_hook(back)
+        y.register_hook(back)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -127,7 +127,7 @@ def penalty(stack: AdapterStack, anchor: AdapterStack, fisher: Factors) -> Tenso
 
 @torch.no_grad()
 def prox(stack: AdapterStack, anchor: AdapterStack, fisher: Factors, strength: Tensor) -> None:
-    """The proximal step of the penalty, in place: exactly for B, then exactly for A.
+    """The proximal step of the penalty, in place: exactly for B, then exactly for A; in float64.
 
     Lowers ``½‖A − A⁰‖² + ½‖B − B⁰‖² + strength · penalty`` at every site with Fisher information. No strength is too
     large: neither solution can raise it. Sites of one shape are solved together.
@@ -142,7 +142,7 @@ def prox(stack: AdapterStack, anchor: AdapterStack, fisher: Factors, strength: T
         return
     for names in _alike(stack, anchor, fisher):
         a, b, held_a, held_b, u, v = (
-            torch.stack([one[picked] for one in of_site])
+            torch.stack([one[picked] for one in of_site]).double()
             for of_site in zip(
                 *(
                     (*stack.sites[name], anchor.sites[name][0], anchor.sites[name][1] * anchor.scales[name],
@@ -152,12 +152,12 @@ def prox(stack: AdapterStack, anchor: AdapterStack, fisher: Factors, strength: T
                 strict=True,
             )
         )  # fmt: skip
-        u, scale = u * strength[picked, None], stack.scales[names[0]]
+        u, scale = u * strength[picked, None].double(), stack.scales[names[0]]
         b = _solve(b, a, held_b, held_a, u, v, scale)
         a = _solve(a.mT, b.mT, held_a.mT, held_b.mT, v, u, scale).mT
         for n, name in enumerate(names):
-            stack.sites[name][0][picked] = a[n]
-            stack.sites[name][1][picked] = b[n]
+            stack.sites[name][0][picked] = a[n].float()
+            stack.sites[name][1][picked] = b[n].float()
 
 
 def _solve(
@@ -169,13 +169,13 @@ def _solve(
     """
     weighted = fixed * (columns * scale)[..., None, :]
     cross = right @ weighted.mT
-    values, vectors = torch.linalg.eigh((scale * (weighted @ fixed.mT)).double())
+    values, vectors = torch.linalg.eigh(scale * (weighted @ fixed.mT))
     real = values > _ROUNDING * values[..., -1:].clamp(min=0)
-    values = (values * real).to(start.dtype)[..., None, :]
-    turned = vectors.to(start.dtype)
-    weight = rows[..., None]
-    pulled = left @ (cross @ turned * real[..., None, :])
-    return ((start @ turned + weight * pulled) / (1.0 + weight * values)) @ turned.mT
+    values, weight = (values * real)[..., None, :], rows[..., None]
+    target = left @ (cross @ vectors * real[..., None, :])
+    step = (target - (start @ vectors) * values) * (weight / (1.0 + weight * values))
+    found: Tensor = start + step @ vectors.mT
+    return found
 
 
 def _alike(stack: AdapterStack, anchor: AdapterStack, fisher: Factors) -> list[list[str]]:

@@ -12,9 +12,10 @@ the matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ class DirectionProbe(AdapterStack):
                 u, v = old_u.mixed(u, 1.0, 1.0), old_v.mixed(v, 1.0, 1.0)
             self.found[name] = u, v
 
-        y.register_hook(back)
+        y.register_hook(back)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -152,6 +153,16 @@ def averaged(before: Sketches, now: Sketches, weight: float) -> dict[str, tuple[
     return found
 
 
+class _Group(NamedTuple):
+    """Sites of one shape, G rows of each after one another: the anchor's A and s·B, and spectra of U and V."""
+
+    names: list[str]
+    a: Tensor
+    b: Tensor
+    u: Spectrum
+    v: Spectrum
+
+
 class Hold:
     """What must not be forgotten: deltas as they were, and spectra of the Fisher information around them.
 
@@ -161,23 +172,29 @@ class Hold:
     """
 
     def __init__(self, anchor: AdapterStack, fisher: Sketches) -> None:
-        self._anchor = {
-            name: (a.detach().double(), anchor.scales[name] * b.detach().double())
-            for name, (a, b) in anchor.sites.items()
-        }
-        self.spectra = {name: (u.spectrum(), v.spectrum()) for name, (u, v) in fisher.items()}
-        self._together: dict[tuple[str, ...], tuple[Tensor, Tensor, Spectrum, Spectrum]] = {}
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name in fisher:
+            if name not in anchor.sites:
+                raise LearningError(f"there is Fisher information of {name}, but no delta")
+            alike.setdefault(tuple(factor.shape for factor in anchor.sites[name]), []).append(name)
+        self._groups = []
+        for names in alike.values():
+            a = torch.cat([anchor.sites[name][0] for name in names]).detach().double()
+            b = torch.cat([anchor.scales[name] * anchor.sites[name][1] for name in names]).detach().double()
+            u, v = (_joined([fisher[name][n] for name in names]).spectrum() for n in (0, 1))
+            if (u.vectors.shape[:2], v.vectors.shape[:2]) != (b.shape[:2], (len(a), a.shape[2])):
+                raise LearningError(f"{names[0]}: delta and Fisher information are of different shapes")
+            self._groups.append(_Group(names, a, b, u, v))
 
     @torch.no_grad()
     def penalty(self, stack: AdapterStack) -> Tensor:
         """``½ tr(U (ΔW − ΔW*) V (ΔW − ΔW*)ᵀ)`` over all sites, for each row ``[G]``."""
         parts = []
-        for name, (u, v) in self.spectra.items():
-            a, b = (factor.double() for factor in stack.sites[name])
-            held_a, held_b = self._anchor[name]
-            both_a, both_b = torch.cat([a, held_a], 1), torch.cat([stack.scales[name] * b, -held_b], 2)
-            left, right = u.of_rows(both_b.mT) @ both_b, v.of_rows(both_a) @ both_a.mT
-            parts.append(0.5 * (left * right).sum((1, 2)))
+        for group in self._groups:
+            a, b, scale = self._factors(stack, group)
+            both_a, both_b = torch.cat([a, group.a], 1), torch.cat([scale * b, -group.b], 2)
+            left, right = group.u.of_rows(both_b.mT) @ both_b, group.v.of_rows(both_a) @ both_a.mT
+            parts.append(0.5 * (left * right).sum((1, 2)).view(len(group.names), -1).sum(0))
         return torch.stack(parts).sum(0)
 
     @torch.no_grad()
@@ -192,43 +209,31 @@ class Hold:
         """
         if not bool((torch.isfinite(strength) & (strength >= 0)).all()):
             raise LearningError(f"strengths of a proximal step must be finite and not negative: {strength.tolist()}")
-        for names in self._alike(stack):
-            if names not in self._together:
-                self._together[names] = self._gathered(names)
-            held_a, held_b, u, v = self._together[names]
-            old_a, old_b = (torch.cat([stack.sites[name][n] for name in names]).double() for n in (0, 1))
-            pull, scale = strength.double().repeat(len(names)), stack.scales[names[0]]
-            b = _solve(old_b, old_a, held_b, held_a, u.scaled(pull), v, scale)
-            a = _solve(old_a.mT, b.mT, held_a.mT, held_b.mT, v.scaled(pull), u, scale).mT
+        for group in self._groups:
+            old_a, old_b, scale = self._factors(stack, group)
+            pull = strength.double().repeat(len(group.names))
+            b = _solve(old_b, old_a, group.b, group.a, group.u.scaled(pull), group.v, scale)
+            a = _solve(old_a.mT, b.mT, group.a.mT, group.b.mT, group.v.scaled(pull), group.u, scale).mT
             free = (pull == 0)[:, None, None]
             for n, new in enumerate((torch.where(free, old_a, a), torch.where(free, old_b, b))):
-                for name, part in zip(names, new.chunk(len(names)), strict=True):
+                for name, part in zip(group.names, new.chunk(len(group.names)), strict=True):
                     stack.sites[name][n].copy_(part)
 
-    def _gathered(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Spectrum, Spectrum]:
-        a, b = (torch.cat([self._anchor[name][n] for name in names]) for n in (0, 1))
-        u, v = (
-            Spectrum(
-                torch.cat([self.spectra[name][n].rest for name in names]),
-                torch.cat([self.spectra[name][n].values for name in names]),
-                torch.cat([self.spectra[name][n].vectors for name in names]),
-            )
-            for n in (0, 1)
-        )
-        return a, b, u, v
+    def _factors(self, stack: AdapterStack, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
+        for name in group.names:
+            if name not in stack.sites:
+                raise LearningError(f"{name} is held, but there is no delta")
+        a, b = (torch.cat([stack.sites[name][n] for name in group.names]).double() for n in (0, 1))
+        scale = torch.tensor([stack.scales[name] for name in group.names], dtype=a.dtype, device=a.device)
+        return a, b, scale.repeat_interleave(len(a) // len(group.names))[:, None, None]
 
-    def _alike(self, stack: AdapterStack) -> list[tuple[str, ...]]:
-        groups: dict[tuple[object, ...], list[str]] = {}
-        for name in self.spectra:
-            if name not in stack.sites or name not in self._anchor:
-                raise LearningError(f"there is Fisher information of {name}, but no delta or no anchor")
-            a, b = stack.sites[name]
-            groups.setdefault((a.shape, b.shape, stack.scales[name]), []).append(name)
-        return [tuple(names) for names in groups.values()]
+
+def _joined(parts: Sequence[Sketch]) -> Sketch:
+    return Sketch(torch.cat([part.image for part in parts]), torch.cat([part.trace for part in parts]))
 
 
 def _solve(
-    start: Tensor, fixed: Tensor, left: Tensor, right: Tensor, rows: Spectrum, columns: Spectrum, scale: float
+    start: Tensor, fixed: Tensor, left: Tensor, right: Tensor, rows: Spectrum, columns: Spectrum, scale: Tensor
 ) -> Tensor:
     """X ``[G, n, r]`` with the least ``½‖X − X⁰‖² + ½ tr(R (s·X·fixed − left·right) C (…)ᵀ)``.
 
@@ -243,12 +248,13 @@ def _solve(
     step = miss * (rest / (1.0 + rest * values))
     within = among / (1.0 + among * values) - rest / (1.0 + rest * values)
     step = step + rows.vectors @ (within * (rows.vectors.mT @ miss))
-    return start + step @ turned.mT
+    found: Tensor = start + step @ turned.mT
+    return found
 
 
 @lru_cache(maxsize=64)
 def directions(rows: int, columns: int, device: torch.device) -> Tensor:
     """Random columns at right angles, float64 ``[n, s]``: the same whenever asked for."""
     random = torch.Generator().manual_seed(rows)
-    found, _ = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=random))
+    found: Tensor = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=random))[0]
     return found.to(device)
