@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--each", type=int, default=200, help="texts of a task to learn from, and as many to test on")
-    parser.add_argument("--longest", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--longest", type=int, default=48, help="tokens of a text")
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3, help="to measure on, besides seed 0")
     parser.add_argument("--steps", type=int, default=60, help="of Adam for a task")
@@ -41,15 +41,18 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--average", type=float, default=0.0, help="weight of a new task in EWC++; 0 is the mean")
     parser.add_argument("--columns", type=int, default=32, help="of the sketches of directions")
-    parser.add_argument("--directions", default="10,30,100,300,1000,3000", help="λ to choose from; empty leaves it out")
+    parser.add_argument("--looked", type=int, default=100, help="texts of a task that its Fisher information is from")
+    parser.add_argument(
+        "--directions", default="3,10,30,100,300,1000,3000", help="λ to choose from; empty leaves it out"
+    )
     parser.add_argument("--ewc", default="100,300,1000,3000,10000", help="the same")
-    parser.add_argument("--l2", default="30,100,300,1000,3000", help="the same")
+    parser.add_argument("--l2", default="100,300,1000,3000", help="the same")
     parser.add_argument("--factors", default="1,10,100,1000", help="the same")
     parser.add_argument("--replay", default="10,200", help="texts that are kept of a task; empty leaves it out")
     parser.add_argument("--least", type=float, default=0.96, help="share of learning accuracy that a λ must leave")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of products with weights: auto, float32 or bfloat16")
-    parser.add_argument("--at-once", type=int, default=30, help="cells that learn together")
+    parser.add_argument("--at-once", type=int, default=40, help="cells that learn together")
     parser.add_argument("--rows", type=int, default=4096, help="rows of a batch that is only answered")
     parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell")
     parser.add_argument("--small", action="store_true", help="a trial run of a minute on two cores")
@@ -87,6 +90,7 @@ def main() -> None:
             batch=args.batch,
             average=args.average,
             columns=args.columns,
+            looked=args.looked,
             rows=args.rows,
         ),
     )

@@ -33,6 +33,7 @@ class Training:
         batch: texts of the task to a step; replay adds as many of earlier tasks.
         average: weight of the newest task in EWC++'s moving average; 0 is the mean over tasks.
         columns: of the sketches of directions.
+        looked: texts of a task that its Fisher information is taken from.
         rows: most rows of a batch that is only answered.
     """
 
@@ -42,6 +43,7 @@ class Training:
     batch: int = 8
     average: float = 0.0
     columns: int = 32
+    looked: int = 100
     rows: int = 2048
 
 
@@ -81,7 +83,7 @@ class Fleet:
             self._task(number)
             own = [self.tasks[cell.order[number]] for cell in self.cells]
             if number + 1 < len(self.tasks):
-                looks = self._looks([one.train for one in own], self.training.batch)
+                looks = self._looks([one.train for one in own], self.training.batch, self.training.looked)
                 seen = [self.guard.look(self.subject, *batch) for batch in looks]
                 if any(seen):
                     self.guard.consolidate(number)
@@ -132,10 +134,12 @@ class Fleet:
                 found += [_example(*kept[n]) for n in others.integers(0, len(kept), batch)]
             yield found
 
-    def _looks(self, texts: Sequence[Texts], each: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All texts of each cell, `each` at a time: tokens ``[G·n, T]`` and lengths ``[G·n]``."""
-        for first in range(0, max(map(len, texts)), each):
-            parts = [(one.tokens[first : first + each], one.lengths[first : first + each]) for one in texts]
+    def _looks(self, texts: Sequence[Texts], each: int, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first `count` texts of each cell or all, `each` at a time: tokens ``[G·n, T]`` and lengths ``[G·n]``."""
+        count = min(min(map(len, texts)), count or len(texts[0]))
+        for first in range(0, count, each):
+            part = slice(first, min(first + each, count))
+            parts = [(one.tokens[part], one.lengths[part]) for one in texts]
             longest = max(int(lengths.max()) for _, lengths in parts)
             tokens = torch.cat([torch.nn.functional.pad(ids, (0, longest))[:, :longest] for ids, _ in parts])
             yield tokens.to(self._device), torch.cat([lengths for _, lengths in parts]).to(self._device)
