@@ -81,12 +81,11 @@ class Fleet:
         """All tasks."""
         for number in range(len(self.tasks)):
             self._task(number)
-            own = [self.tasks[cell.order[number]] for cell in self.cells]
-            if number + 1 < len(self.tasks):
-                looks = self._looks([one.train for one in own], self.training.batch, self.training.looked)
-                seen = [self.guard.look(self.subject, *batch) for batch in looks]
-                if any(seen):
-                    self.guard.consolidate(number)
+            if number + 1 < len(self.tasks) and self.guard.looks:
+                own = [self.tasks[cell.order[number]].train for cell in self.cells]
+                for batch in self._looks(own, self.training.batch, self.training.looked):
+                    self.guard.look(self.subject, *batch)
+                self.guard.consolidate(number)
             for before in range(number + 1):
                 asked = [self.tasks[cell.order[before]] for cell in self.cells]
                 self.accuracy[:, number, before] = self._accuracy(asked)
