@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.96, help="share of learning accuracy that a λ must leave")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of products with weights: auto, float32 or bfloat16")
-    parser.add_argument("--at-once", type=int, default=40, help="cells that learn together")
+    parser.add_argument("--at-once", type=int, default=64, help="cells that learn together")
     parser.add_argument("--rows", type=int, default=4096, help="rows of a batch that is only answered")
     parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell")
     parser.add_argument("--small", action="store_true", help="a trial run of a minute on two cores")

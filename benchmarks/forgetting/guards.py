@@ -174,15 +174,17 @@ class FactorGuard(FisherGuard[FactorProbe]):
             factor.copy_((factor + pull * anchor) / (1.0 + pull))
 
 
+#: Ways whose cells share a guard.
+_FAMILIES = {arms.NONE: Guard, arms.REPLAY: Guard, arms.EWC: ProductGuard, arms.L2: ProductGuard,
+             arms.DIRECTIONS: DirectionGuard, arms.FACTORS: FactorGuard}  # fmt: skip
+
+
+def family(cell: Cell) -> type[Guard]:
+    """The class of the guard that a cell's way asks for."""
+    return _FAMILIES[cell.arm.way]
+
+
 def guard_of(stack: AdapterStack, cells: Sequence[Cell], training: Training) -> Guard:
-    """What the cells' way asks for; those of ΔW number by number, of any λ and none, go together."""
-    ways = {cell.arm.way for cell in cells}
-    if ways <= {arms.NONE, arms.EWC, arms.L2}:
-        return ProductGuard(stack, cells, training)
-    if ways == {arms.DIRECTIONS}:
-        return DirectionGuard(stack, cells, training)
-    if ways == {arms.FACTORS}:
-        return FactorGuard(stack, cells, training)
-    if ways == {arms.REPLAY}:
-        return Guard()
-    raise ValueError(f"{sorted(ways)} do not learn together")
+    """The guard of cells of one family; `stack` has their rows, and is what the guard changes."""
+    made = family(cells[0])
+    return made(stack, cells, training) if issubclass(made, FisherGuard) else made()

@@ -1,16 +1,17 @@
-"""`Fleet`: cells that learn one task after the other, step by step together, under one way not to forget."""
+"""`Fleet`: cells that learn one task after the other, step by step together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from forgetting.arms import Cell
-from forgetting.guards import Guard, guard_of
+from forgetting.guards import Guard, family, guard_of
 from forgetting.subject import Subject
 from forgetting.tasks import Task, Texts
 from ruvllm_sona.adapters import AdapterStack
@@ -59,12 +60,12 @@ class Shared(AdapterStack):
 
 
 class Fleet:
-    """Cells of one way not to forget.
+    """Cells with as many texts to a step as each other; those of one family of ways are neighbours.
 
     Attributes:
         accuracy: of each cell after each task, on each task learned so far in its order, ``[G, tasks, tasks]``.
         moved: norm of each cell's B after each task, ``[G, tasks]``: 0 would be an adapter that does nothing.
-        guard: what keeps from forgetting.
+        guards: what keeps which cells from forgetting.
     """
 
     def __init__(self, subject: Subject, tasks: Sequence[Task], cells: Sequence[Cell], training: Training) -> None:
@@ -73,7 +74,12 @@ class Fleet:
         shapes = {name: shape for name, shape in linear_sites(subject.spec).items() if name.startswith("layers.")}
         stack = AdapterStack.of([start(shapes, training.rank, cell.seed) for cell in cells], self._device).trainable()
         self.stack = Shared(stack.sites, stack.scales)
-        self.guard: Guard = guard_of(self.stack, cells, training)
+        self.guards: list[tuple[slice, Guard]] = []
+        for _, some in groupby(range(len(cells)), lambda n: family(cells[n])):
+            found = list(some)
+            part = slice(found[0], found[-1] + 1)
+            sites = {name: (a.detach()[part], b.detach()[part]) for name, (a, b) in self.stack.sites.items()}
+            self.guards.append((part, guard_of(Shared(sites, stack.scales), cells[part], training)))
         self.accuracy = np.full((len(cells), len(tasks), len(tasks)), np.nan)
         self.moved = np.zeros((len(cells), len(tasks)))
 
@@ -81,16 +87,22 @@ class Fleet:
         """All tasks."""
         for number in range(len(self.tasks)):
             self._task(number)
-            if number + 1 < len(self.tasks) and self.guard.looks:
-                own = [self.tasks[cell.order[number]].train for cell in self.cells]
-                for batch in self._looks(own, self.training.batch, self.training.looked):
-                    self.guard.look(self.subject, *batch)
-                self.guard.consolidate(number)
+            if number + 1 < len(self.tasks):
+                self._consolidate(number)
             for before in range(number + 1):
                 asked = [self.tasks[cell.order[before]] for cell in self.cells]
                 self.accuracy[:, number, before] = self._accuracy(asked)
-            means = self.accuracy[:, number, : number + 1].mean(0)
-            say(f"{self.cells[0].arm.way}: task {number + 1}, accuracy " + " ".join(f"{one:.2f}" for one in means))
+            for part, _ in self.guards:
+                means = " ".join(f"{one:.2f}" for one in self.accuracy[part, number, : number + 1].mean(0))
+                say(f"after task {number + 1}, {self.cells[part][0].arm.way}: mean accuracy {means}")
+
+    def _consolidate(self, number: int) -> None:
+        for part, guard in self.guards:
+            if guard.looks:
+                own = [self.tasks[cell.order[number]].train for cell in self.cells[part]]
+                for batch in self._looks(own, self.training.batch, self.training.looked):
+                    guard.look(self.subject, *batch)
+                guard.consolidate(number)
 
     def _task(self, number: int) -> None:
         training = self.training
@@ -105,7 +117,8 @@ class Fleet:
                 pass
             adam.step()
             if number:
-                self.guard.hold()
+                for _, guard in self.guards:
+                    guard.hold()
         if not all(bool(torch.isfinite(factor).all()) for factor in self.stack.parameters()):
             raise ArithmeticError("an adapter is not finite")
         squares = torch.stack([b.detach().square().sum((1, 2)) for _, b in self.stack.sites.values()])

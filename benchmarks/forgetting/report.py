@@ -49,6 +49,7 @@ class Row:
             "way": cell.arm.way, "strength": cell.arm.strength, "kept": cell.arm.kept, "order": cell.order,
             "seed": cell.seed, "accuracy": [[None if np.isnan(x) else round(float(x), 4) for x in row]
                                             for row in self.accuracy],
+            "moved": [round(float(x), 3) for x in self.moved],
         }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from forgetting.report import Row, choose, summarize, table
 from forgetting.subject import Subject
 from forgetting.tasks import Task, load
 
-_TOGETHER = ((arms.NONE, arms.EWC, arms.L2), (arms.DIRECTIONS,), (arms.FACTORS,), (arms.REPLAY,))
+#: Replay has twice as many texts to a step.
+_TOGETHER = ((arms.NONE, arms.DIRECTIONS, arms.EWC, arms.L2, arms.FACTORS), (arms.REPLAY,))
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ def _learn(
 ) -> list[Row]:  # fmt: skip
     own = [cell for cell in cells if cell.arm.way in ways]
     found: list[Row] = []
-    rows = plan.at_once // (2 if arms.REPLAY in ways else 1)  # replay doubles a cell's batch
+    rows = max(1, plan.at_once // (2 if arms.REPLAY in ways else 1))
     for first in range(0, len(own), rows):
         fleet = Fleet(subject, tasks, own[first : first + rows], plan.training)
         fleet.learn(say)
         for n, cell in enumerate(fleet.cells):
             found.append(Row(cell, fleet.accuracy[n], fleet.moved[n]))
-            kept = _replayed(tasks, cell) if cell.arm.way == arms.REPLAY else fleet.guard.kept
-            memory[cell.arm] = max(memory.get(cell.arm, 0), 0 if cell.arm.way == arms.NONE else kept)
+            guard = next(guard for part, guard in fleet.guards if part.start <= n < part.stop)
+            memory[cell.arm] = _replayed(tasks, cell) if cell.arm.way == arms.REPLAY else guard.kept
     return found
 
 
