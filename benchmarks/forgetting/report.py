@@ -59,8 +59,9 @@ class Summary:
 
     Attributes:
         learned_share: learning accuracy as a share of that without.
-        change: of average forgetting, as a share: -0.5 is half as much.
-        interval: 95 % of resampled cells (Efron's percentile bootstrap, pairs of cells) have a change between these.
+        change: of average forgetting, as a share: -0.5 is half as much; None where there is none.
+        interval: 95 % of resampled cells (Efron's percentile bootstrap, pairs of cells) have a change between these;
+            None if a sample without anything forgets nothing.
     """
 
     arm: Arm
@@ -69,8 +70,8 @@ class Summary:
     forgotten: float
     final: float
     learned_share: float
-    change: float
-    interval: tuple[float, float]
+    change: float | None
+    interval: tuple[float, float] | None
 
 
 def summarize(rows: Sequence[Row], without: Sequence[Row]) -> list[Summary]:
@@ -85,7 +86,8 @@ def summarize(rows: Sequence[Row], without: Sequence[Row]) -> list[Summary]:
         kept, lost = (np.array([row.forgotten for row in some]) for some in (own, others))
         learned, best = (float(np.mean([row.learned for row in some])) for some in (own, others))
         draws = np.random.default_rng(0).integers(0, len(own), (_RESAMPLES, len(own)))
-        low, high = np.percentile(_change(kept[draws].mean(1), lost[draws].mean(1)), [2.5, 97.5])
+        changes = _change(kept[draws].mean(1), lost[draws].mean(1))
+        low, high = np.percentile(changes, [2.5, 97.5]).tolist()
         found.append(
             Summary(
                 arm=arm,
@@ -94,8 +96,8 @@ def summarize(rows: Sequence[Row], without: Sequence[Row]) -> list[Summary]:
                 forgotten=float(kept.mean()),
                 final=float(np.mean([row.final for row in own])),
                 learned_share=learned / best,
-                change=float(_change(kept.mean(), lost.mean())),
-                interval=(float(low), float(high)),
+                change=float(_change(kept.mean(), lost.mean())) if lost.mean() > 0 else None,
+                interval=(low, high) if np.isfinite([low, high]).all() else None,
             )
         )
     return found
@@ -124,7 +126,9 @@ def table(title: str, found: Sequence[Summary], memory: Mapping[Arm, int]) -> st
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:
-        against = f"{100 * one.change:+.0f} % ({100 * one.interval[0]:+.0f} to {100 * one.interval[1]:+.0f})"
+        against = "–" if one.change is None else f"{100 * one.change:+.0f} %"
+        if one.interval is not None:
+            against += f" ({100 * one.interval[0]:+.0f} to {100 * one.interval[1]:+.0f})"
         lines.append(
             f"| {one.arm.label} | {one.cells} | {100 * one.learned:.1f} % | {100 * one.learned_share:.1f} % "
             f"| {100 * one.forgotten:.1f} | {against} | {100 * one.final:.1f} % | {memory.get(one.arm, 0):,} |"

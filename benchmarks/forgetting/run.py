@@ -12,7 +12,7 @@ import torch
 from forgetting import arms
 from forgetting.arms import Arm, Cell
 from forgetting.lockstep import Fleet, Training
-from forgetting.report import Row, choose, summarize, table
+from forgetting.report import Row, Summary, choose, summarize, table
 from forgetting.subject import Subject
 from forgetting.tasks import Task, load
 
@@ -70,6 +70,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     base = [row for row in final if row.cell.arm == without]
     found = summarize(final, base)
     print(table(f"Seeds 1 to {plan.seeds}, {plan.orders} orders: here it is measured", found, memory), flush=True)
+    print(_memory(found, memory, tasks), flush=True)
     return {
         "tasks": [one.name for one in tasks],
         "training": asdict(plan.training),
@@ -94,6 +95,18 @@ def _learn(
             guard = next(guard for part, guard in fleet.guards if part.start <= n < part.stop)
             memory[cell.arm] = _replayed(tasks, cell) if cell.arm.way == arms.REPLAY else guard.kept
     return found
+
+
+def _memory(found: Sequence[Summary], memory: dict[Arm, int], tasks: Sequence[Task]) -> str:
+    """What the bytes of a penalty would hold of texts: replay of equal memory is replay of so many."""
+    each = sum(2 * float(one.train.lengths.float().mean()) + 1 for one in tasks) / len(tasks)
+    lines = [
+        f"- {one.arm.label}: its bytes hold {round(memory[one.arm] / each / max(1, len(tasks) - 1)):,} texts of each "
+        f"earlier task; there are {len(tasks[0].train)} to learn from"
+        for one in found
+        if one.arm.strength
+    ]
+    return "\n".join(lines)
 
 
 def _replayed(tasks: Sequence[Task], cell: Cell) -> int:
