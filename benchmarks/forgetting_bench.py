@@ -3,10 +3,11 @@
 One adapter learns five text-classification tasks one after the other (`forgetting_data.py` prepares them). The answer
 is a letter, and means something else in every task, so each task pulls at what those before it have taught. Average
 forgetting (Chaudhry et al., arXiv 1801.10112) is the mean over earlier tasks of the best accuracy there was less that
-at the end; learning accuracy is the mean over tasks of that right after learning. EWC++ is the plugin's own, with Fisher information that
-knows directions of ΔW (`ruvllm_sona.curvature`) or single numbers of it (`ruvllm_sona.consolidate`). Against it are
-nothing at all, the same penalty with every number alike (L2), EWC++ of the factors instead of their product, and replay
-of kept texts, which takes twice the computing. Every way chooses its λ on seed 0, and is measured on others.
+at the end; learning accuracy is the mean over tasks of that right after learning. EWC++ is the plugin's own, with
+Fisher information that knows directions of ΔW (`ruvllm_sona.curvature`) or single numbers of it
+(`ruvllm_sona.consolidate`). Against it are nothing at all, the same penalty with every number alike (L2), EWC++ of the
+factors instead of their product, and replay of kept texts, which takes twice the computing. Every way chooses its λ on
+seed 0, and is measured on others.
 
 Prints tables and one JSON line; `--small` is a trial run that says nothing about forgetting.
 """
