@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 
+from ruvllm_cli.hooks import commands
 from ruvllm_core import __version__
-from ruvllm_core.builtin import commands
 from ruvllm_core.cli.main import cli
 
 HELLO = """
