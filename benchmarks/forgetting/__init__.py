@@ -1,0 +1,1 @@
+"""Parts of `forgetting_bench.py`."""
