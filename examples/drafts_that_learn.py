@@ -4,7 +4,7 @@ import time
 
 from ruvllm_core import Engine, GenerateParams, ModelConfig
 
-THINGS = "cat dog owl fox bee ant cow hen pig bat elk eel cod ape yak emu asp ram doe koi gnu jay rat hare crab seal"
+THINGS = "cat dog fox bee cow hen pig bat cod yak ram doe koi gnu jay rat hare crab seal frog goat lion wolf swan bear"
 ASKED_TWICE = "Write one sentence about a whale."
 
 
