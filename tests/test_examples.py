@@ -52,6 +52,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "async_inference": ("Name three colours.\n  ", "Name three planets.\n  ", "Name three fruits.\n  "),
     "two_tier_cache": ("contiguous: 1", "two_tier: 1", "the answers agree in their first "),
     "speculative_decoding": ("same answer: True", "tokens_per_step="),
+    "drafts_that_learn": ("tokens a step: Write one sentence about a whale.", "same answer: True"),
     "micro_lora": ("quality 0.9: 0.0062 -> 0.0", "updates=3, refused=0", "as it was: True"),
     "feedback_in_a_chat": ("sona has applied it", "another answer: "),
     "per_user_adapters": (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ruvllm_core.errors import LearningError
@@ -72,7 +71,7 @@ class Study:
         for found in deep(network, shapes, examples, anchors, DeepConfig(), resume=last):
             if found is not None:
                 last = found
-                yield from self._elsewhere(partial(save_progress, path, found, covers))
+                yield from self._elsewhere(lambda done=found: save_progress(path, done, covers))
                 _log.info("deep training", user=tenant.name, epoch=found.epoch, margin=round(found.margin, 4))
             yield None
         path.unlink(missing_ok=True)
