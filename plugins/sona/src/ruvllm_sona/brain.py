@@ -54,6 +54,8 @@ class Brain:
         self._changing = threading.Lock()  # of what is in force on the disk
         self._good: dict[str, FloatArray] | None = None
         self._adapter: Adapter | None = None
+        self._learner: Learner | None = None
+        self._saved: Mapping[str, FloatArray] | None = None
         self.number = self.versions.current
         self._set_base(self.versions.load(self.number))
 
@@ -160,8 +162,7 @@ class Brain:
         """Learning starts from `deltas`. Of the learner's own kind they become its factors, for what lies below adds
         its rank to every version to come."""
         self._published = dict(deltas)
-        self._learner: Learner | None = None
-        self._saved: Mapping[str, FloatArray] | None = None
+        self._learner, self._saved = None, None
         self._below: Deltas = self._published
         sites = linear_sites(self._spec)
         if deltas.keys() == sites.keys() and all(len(one.a) == self._settings.rank for one in deltas.values()):

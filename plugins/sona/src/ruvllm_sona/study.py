@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ruvllm_core.errors import LearningError
@@ -82,7 +83,7 @@ class Study:
         for found in deep(network, shapes, examples, anchors, DeepConfig(), resume=last):
             if found is not None:
                 last = found
-                yield from self.elsewhere(lambda done=found: save_progress(path, done, covers))
+                yield from self.elsewhere(partial(save_progress, path, found, covers))
                 _log.info("deep training", user=tenant.name, epoch=found.epoch, margin=round(found.margin, 4))
             yield None
         path.unlink(missing_ok=True)
