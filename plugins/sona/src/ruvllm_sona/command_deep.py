@@ -45,13 +45,17 @@ def deep(app: App, model: str | None, user: str, as_json: bool) -> None:
     with closing(Study(context, place.settings)) as study, place.tenant() as tenant:
         watch, first = _Checkpoint(tenant.folder / "deep.safetensors"), tenant.audit.head.entry
         if rounds := watch.epoch:
-            click.echo(f"a training that was stopped has done {rounds} rounds: it goes on unless feedback came since", err=True)
+            click.echo(
+                f"a training that was stopped has done {rounds} rounds: it goes on unless feedback came since", err=True
+            )
         try:
             for _ in study.deep(tenant):
                 watch.look()
         except KeyboardInterrupt:
             watch.look()
-            kept = f"{watch.epoch} rounds are done and kept: the next call goes on" if watch.epoch else "no round was done"
+            kept = (
+                f"{watch.epoch} rounds are done and kept: the next call goes on" if watch.epoch else "no round was done"
+            )
             click.echo(f"stopped; {kept}", err=True)
             raise
         entries = [one for one in read_audit(tenant.folder / "audit.jsonl") if one.entry > first]

@@ -75,7 +75,8 @@ class Place:
 
         if pattern not in (known := self.patterns()):
             raise LearningError(
-                f"there is no pattern {pattern}", hint=f"there are {', '.join(map(str, known))}: see `ruvllm sona status`"
+                f"there is no pattern {pattern}",
+                hint=f"there are {', '.join(map(str, known))}: see `ruvllm sona status`",
             )
         return Versions(self.folder / "versions" / f"{pattern:04d}", self.settings.keep_versions)
 

@@ -68,9 +68,7 @@ def status(app: App, model: str | None, user: str, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Check the chain of hashes instead; exit code 1 if it is broken.")
 @as_json_option
 @pass_app
-def history(
-    app: App, model: str | None, user: str, last: int | None, rated: bool, verify: bool, as_json: bool
-) -> None:
+def history(app: App, model: str | None, user: str, last: int | None, rated: bool, verify: bool, as_json: bool) -> None:
     """What changed, when, by whom and with what effect, from the audit log; it outlives what is forgotten."""
     if rated and verify:
         raise click.UsageError("--feedback and --verify go apart: only the audit log is a chain")
@@ -144,22 +142,25 @@ def _learned(place: Place, rated: list[Example]) -> tuple[dict[int, int], list[d
     from ruvllm_sona.patterns import SHARED, PatternBank
     from ruvllm_sona.pooled import Pooler
 
-    bank, brains = PatternBank(place.model.spec.hidden_size), {}
+    bank = PatternBank(place.model.spec.hidden_size)
+    brains: dict[str, Any] = {}
     if (path := place.folder / "state.safetensors").exists():
         arrays, metadata = load_tensors(path)
         state = json.loads(metadata["state"])
         brains = state["brains"]
         bank.restore({name[5:]: a for name, a in arrays.items() if name.startswith("bank.")}, state["bank"])
-    covers, found = {}, []
+    covers: dict[int, int] = {}
+    found: list[dict[str, Any]] = []
     for pattern in place.patterns():
         if pattern not in bank.patterns:  # its prompts have become another pattern's
             continue
-        versions, meta = place.versions(pattern), brains.get(str(pattern), {"number": 0, "covers": 0})
+        versions = place.versions(pattern)
         current, kept = versions.current, versions.kept()
-        covers[pattern] = int(meta["covers"])
-        if brains and meta["number"] != current:  # published since the state was saved
-            published = {one.number: one.metadata for one in kept}
-            covers[pattern] = max(covers[pattern], int(published.get(current, {}).get("covers", 0)))
+        if (meta := brains.get(str(pattern))) is not None:
+            covers[pattern] = int(meta["covers"])
+            if meta["number"] != current:  # published since the state was saved
+                published = {one.number: one.metadata for one in kept}
+                covers[pattern] = max(covers[pattern], int(published.get(current, {}).get("covers", 0)))
         one = bank.patterns[pattern]
         numbers = [{"number": v.number, "bytes": v.size, "covers": v.metadata.get("covers", 0)} for v in kept]
         counts = {"feedback": one.count, "baseline": one.baseline}
@@ -234,7 +235,9 @@ def _print_feedback(rated: list[Example], as_json: bool) -> None:
 def _row(entry: Entry) -> tuple[object, ...]:
     version = entry.before if entry.before == entry.after else f"{entry.before or '–'} → {entry.after or '–'}"
     figures = (
-        ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in one.items())
+        ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in one.items()
+        )
         for one in (entry.predicted, entry.measured)
     )
     return entry.entry, _when(entry.time), entry.actor, entry.action, version, *figures, entry.note
