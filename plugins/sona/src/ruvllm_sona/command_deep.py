@@ -42,20 +42,19 @@ def deep(app: App, model: str | None, user: str, as_json: bool) -> None:
     context = LearningContext(
         file.spec, decoder, place.name, place.state_dir, place.settings, file.weights, place.tokenizer
     )
-    with closing(Study(context, place.settings)) as study, place.tenant() as tenant:
+    with place.tenant() as tenant, closing(Study(context, place.settings)) as study:
         watch, first = _Checkpoint(tenant.folder / "deep.safetensors"), tenant.audit.head.entry
-        if rounds := watch.epoch:
-            click.echo(
-                f"a training that was stopped has done {rounds} rounds: it goes on unless feedback came since", err=True
-            )
+        if watch.epoch:
+            what = f"a training that was stopped has done {watch.epoch} of its rounds"
+            click.echo(f"{what}: it goes on, unless feedback came since", err=True)
         try:
             for _ in study.deep(tenant):
                 watch.look()
         except KeyboardInterrupt:
             watch.look()
-            kept = (
-                f"{watch.epoch} rounds are done and kept: the next call goes on" if watch.epoch else "no round was done"
-            )
+            kept = "no round was done"
+            if watch.epoch:
+                kept = f"round {watch.epoch} is done and kept: the next call goes on after it"
             click.echo(f"stopped; {kept}", err=True)
             raise
         entries = [one for one in read_audit(tenant.folder / "audit.jsonl") if one.entry > first]
