@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -17,6 +18,8 @@ from ruvllm_core.errors import LearningError
 from ruvllm_sona.command_place import Place, as_json_option, open_place, place_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ruvllm_sona.audit import AuditReport
     from ruvllm_sona.chain import Entry
     from ruvllm_sona.records import Example
@@ -109,7 +112,7 @@ def overview(place: Place) -> dict[str, Any]:
             "pending": len(waiting),
         },
         "budget": _budget(place),
-        "bytes": sum(path.stat().st_size for path in place.folder.rglob("*") if path.is_file()),
+        "bytes": _size(place.folder),
         "audit": {**_checked(report), "ok": report.ok},
     }
 
@@ -188,6 +191,14 @@ def _budget(place: Place) -> dict[str, Any]:
         for name, value in (("nats_per_hour", own.nats_per_hour), ("nats_per_day", own.nats_per_day))
     }
     return {"nats_last_hour": hour, "nats_last_day": day, **bounds, "feedback_left": left}
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # whoever is learning has replaced it meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _checked(report: AuditReport) -> dict[str, Any]:
