@@ -272,9 +272,9 @@ def test_forgetting_one_answer(sona: Call, place: Place) -> None:
     sona("forget", *who, "--request", "r1", "--all").failed(2, "--request")
     sona("forget", *who, "--request", "r99", "--yes").failed(1, "no feedback on request r99", "--feedback")
     refused = sona("forget", *who, "--request", "r1", stdin="n\n")
-    assert refused.code == 130 and "1 of 6 rated answers" in refused.err
+    assert refused.code == 130 and "feedback on 1 of 6 answers" in refused.err
     assert sona("status", *who, "--json").json["patterns"][0]["current"] == 2
-    assert "the other 5 will be learned anew" in sona("forget", *who, "--request", "r1", stdin="y\n").out
+    assert "the other 5 will be learned from anew" in sona("forget", *who, "--request", "r1", stdin="y\n").out
     found = sona("status", *who, "--json").json
     assert (found["feedback"]["count"], found["feedback"]["pending"]) == (5, 5)
     assert (found["patterns"][0]["current"], found["patterns"][0]["versions"]) == (0, [])
@@ -285,7 +285,7 @@ def test_forgetting_one_answer(sona: Call, place: Place) -> None:
 
 
 def test_forgetting_all(sona: Call, place: Place) -> None:
-    assert "forgotten: 6 rated answers" in sona("forget", place.name, "--user", "ann", "--all", "--yes").out
+    assert "forgotten: feedback on 6 of 6 answers" in sona("forget", place.name, "--user", "ann", "--all", "--yes").out
     found = sona("status", place.name, "--user", "ann", "--json").json
     assert (found["feedback"]["count"], found["patterns"][0]["versions"]) == (0, [])
 

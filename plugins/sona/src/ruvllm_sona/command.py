@@ -15,8 +15,9 @@ from ruvllm_sona.command_report import history, status
 def command() -> None:
     """Look at what was learned from feedback, and change it.
 
-    Everything is kept for each model and each user apart. status, history, export, merge and plot also work while an
-    engine is learning; the others need the user's folder for themselves.
+    Everything is kept for each model and each user apart; without MODEL it is the model of the settings, which is
+    smollm2 unless they say otherwise. status, history, export, merge and plot also work while an engine is learning;
+    the others need the user's folder for themselves.
     """
 
 
