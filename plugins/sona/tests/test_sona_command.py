@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ruvllm_core.cli.app import App
 from ruvllm_core.cli.main import main
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.protocols import LearningContext, LowRank
-from ruvllm_sona import command_deep, command_plot
+from ruvllm_sona import command_deep
 from ruvllm_sona.chain import entry_after
 from ruvllm_sona.command_place import Place, open_place
 from ruvllm_sona.frames import Record
@@ -206,8 +207,8 @@ def test_reading_goes_on_beside_an_engine_and_changing_does_not(sona: Call, plac
         before = {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()}
         assert sona("status", *who, "--json").json["feedback"]["count"] == 7
         assert len(sona("history", *who, "--json").json) == 10
-        for command in (("export", tmp_path / "peft"), ("plot",)):
-            assert sona(*command, *who).code == 0
+        assert sona("export", tmp_path / "peft", *who).code == 0
+        assert sona("plot", *who).code == 0
         assert {path: path.read_bytes() for path in place.folder.rglob("*") if path.is_file()} == before
         for command in (("rollback", 1), ("import", tmp_path / "peft"), ("deep",)):
             sona(*command, *who).failed(1, f"in use by process {os.getpid()}")
@@ -217,7 +218,7 @@ def test_reading_goes_on_beside_an_engine_and_changing_does_not(sona: Call, plac
 
 @pytest.mark.parametrize("command", [("status",), ("history",), ("rollback", 1), ("forget", "--all"), ("deep",)])
 def test_where_nothing_was_learned(sona: Call, tiny: Path, tmp_path: Path, command: tuple[object, ...]) -> None:
-    sona(*command[:1], *command[1:2], tiny, "--user", "bob").failed(1, "nothing was ever learned", "bob", "--learn")
+    sona(*command, tiny, "--user", "bob").failed(1, "nothing was ever learned", "bob", "--learn")
     assert not (tmp_path / "cache" / "learning").exists()
 
 
@@ -434,7 +435,7 @@ def test_plot(sona: Call, place: Place, tmp_path: Path, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
 
     waits: list[float] = []
-    monkeypatch.setattr(command_plot.time, "sleep", interrupted)
+    monkeypatch.setattr(time, "sleep", interrupted)
     live = sona("plot", *who, "--watch", 0.5)
     assert (live.code, waits) == (0, [0.5, 0.5])
     assert "KL to the base model" in live.out
