@@ -28,6 +28,15 @@ from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
 #: Both sides compute in float32 but add up in another order.
 TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_learned_yet(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What somebody has taught the models of this machine must not change what tests see, nor the other way round."""
+    Settings.model_fields["cache_dir"].default = tmp_path_factory.mktemp("cache")
+    Settings.model_rebuild(force=True)
+
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,

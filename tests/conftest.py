@@ -12,6 +12,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside 
 
 import realdata
 
+from ruvllm_core.settings import Settings
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_learned_yet(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What somebody has taught the models of this machine must not change what tests see, nor the other way round."""
+    Settings.model_fields["cache_dir"].default = tmp_path_factory.mktemp("cache")
+    Settings.model_rebuild(force=True)
+
 
 @pytest.fixture(scope="session")
 def qwen2_folder() -> Path:

@@ -246,12 +246,18 @@ class Tenant:
         path, learned = self.folder / "state.safetensors", 0
         if path.exists():
             arrays, metadata = load_tensors(path)
-            state = json.loads(metadata["state"])
-            self.bank.restore(_under(arrays, "bank."), state["bank"])
-            for pattern, meta in state["brains"].items():
-                self.brain(int(pattern)).restore(_under(arrays, f"brain.{pattern}."), meta)
-            learned, self.free_until = int(state["learned"]), int(state["free_until"])
-            self.refused = set(state["refused"])
+            try:
+                state = json.loads(metadata["state"])
+                self.bank.restore(_under(arrays, "bank."), state["bank"])
+                for pattern, meta in state["brains"].items():
+                    self.brain(int(pattern)).restore(_under(arrays, f"brain.{pattern}."), meta)
+                learned, self.free_until = int(state["learned"]), int(state["free_until"])
+                self.refused = set(state["refused"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise LearningError(
+                    f"{path} is of another version of this plugin: {type(error).__name__} {error}",
+                    hint="delete it: what was published stays, and feedback since then is learned from anew",
+                ) from error
         forgotten = [record for record in self.log.records(after=learned) if record.kind == "forget"]
         for record in forgotten:  # a killed process did not get to the end of it
             self._forget(record.request_id, record.sequence)
