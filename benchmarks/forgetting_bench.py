@@ -25,7 +25,8 @@ from forgetting.lockstep import Training
 from forgetting.run import Plan, run
 
 _SMALL = {"tasks": 2, "each": 8, "longest": 12, "orders": 1, "seeds": 1, "steps": 2, "batch": 2, "columns": 4,
-          "directions": "100", "ewc": "100", "l2": "100", "factors": "100", "replay": "2", "least": 0.0}  # fmt: skip
+          "damped": "100", "directions": "100", "ewc": "100", "l2": "100", "factors": "100", "replay": "2",
+          "least": 0.0}  # fmt: skip
 
 
 def main() -> None:
@@ -44,12 +45,12 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.0, help="weight of a new task in EWC++; 0 is the mean")
     parser.add_argument("--columns", type=int, default=32, help="of the sketches of directions")
     parser.add_argument("--looked", type=int, default=100, help="texts of a task that its Fisher information is from")
-    parser.add_argument(
-        "--directions", default="3,10,30,100,300,1000,3000", help="λ to choose from; empty leaves it out"
-    )
-    parser.add_argument("--ewc", default="100,300,1000,3000,10000", help="the same")
+    parser.add_argument("--damping", type=float, default=1.0, help="identity mixed into directions that are damped")
+    parser.add_argument("--damped", default="10,30,100,300,1000", help="λ to choose from; empty leaves it out")
+    parser.add_argument("--directions", default="10,30,100,300,1000", help="the same")
+    parser.add_argument("--ewc", default="300,1000,3000,10000", help="the same")
     parser.add_argument("--l2", default="100,300,1000,3000", help="the same")
-    parser.add_argument("--factors", default="1,10,100,1000", help="the same")
+    parser.add_argument("--factors", default="100,1000", help="the same")
     parser.add_argument("--replay", default="10,200", help="texts that are kept of a task; empty leaves it out")
     parser.add_argument("--least", type=float, default=0.96, help="share of learning accuracy that a λ must leave")
     parser.add_argument("--device", default="cpu")
@@ -73,6 +74,7 @@ def main() -> None:
         grids={
             way: tuple(float(part) for part in given.split(","))
             for way, given in (
+                (arms.DAMPED, args.damped),
                 (arms.DIRECTIONS, args.directions),
                 (arms.EWC, args.ewc),
                 (arms.L2, args.l2),
@@ -92,6 +94,7 @@ def main() -> None:
             batch=args.batch,
             average=args.average,
             columns=args.columns,
+            damping=args.damping,
             looked=args.looked,
             rows=args.rows,
         ),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -87,7 +89,7 @@ def _registry() -> Registry:
         return [Offer("recording", f"{__name__}:RecordingLoop"), Offer("broken", "module_that_is_nowhere:Loop")]
 
     hooks.learning_loops = learning_loops  # type: ignore[attr-defined]
-    registry = Registry.discover(Settings())
+    registry = Registry.discover(Settings(plugin_block=["sona"]))  # which would be one more loop
     registry.register(hooks, "recording", "tests", "0")
     return registry
 
@@ -453,7 +455,7 @@ def test_a_dropped_engine_is_freed() -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)"])
-def test_a_program_may_end_in_the_middle_of_an_answer(ending: str) -> None:
+def test_a_program_may_end_in_the_middle_of_an_answer(ending: str, tmp_path: Path) -> None:
     program = f"""
 from ruvllm_core import Engine, GenerateParams, ModelConfig
 engine = Engine.load("smollm2", config=ModelConfig(max_context=512))
@@ -461,5 +463,8 @@ stream = engine.stream("Count to a thousand.", GenerateParams(max_tokens=400, ig
 next(stream)
 {ending}
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "RUVLLM_CACHE_DIR": str(tmp_path)}  # not what somebody has taught the model here
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert (ended.returncode, ended.stderr) == (3 if ending else 0, "")

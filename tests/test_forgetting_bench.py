@@ -94,8 +94,8 @@ def test_it_runs(tmp_path: Path) -> None:
     found = json.loads(out.read_text(encoding="utf-8"))
     arms = {(row["way"], row["seed"]) for row in found["rows"]}
     assert arms == {
-        ("none", 0), ("directions", 0), ("ewc", 0), ("l2", 0), ("factors", 0),
-        ("none", 1), ("directions", 1), ("ewc", 1), ("l2", 1), ("factors", 1), ("replay", 1),
+        ("none", 0), ("damped", 0), ("directions", 0), ("ewc", 0), ("l2", 0), ("factors", 0),
+        ("none", 1), ("damped", 1), ("directions", 1), ("ewc", 1), ("l2", 1), ("factors", 1), ("replay", 1),
     }  # fmt: skip
     by_arm = {one["arm"]["way"]: one for one in found["summary"]}
     assert by_arm["none"]["memory_bytes"] == 0

@@ -297,6 +297,7 @@ BROKEN_FAMILIES = {
 }
 LOOP = """
     from ruvllm_core.errors import LearningError
+    from ruvllm_core.protocols import FeedbackResult
     from ruvllm_core.testing import LearningLoopSuite
 
     class Loop:
@@ -310,10 +311,12 @@ LOOP = """
             if request_id not in self.seen:
                 raise LearningError(f"no request {{request_id}}")
             self.seen[request_id] = quality
+            return FeedbackResult("deferred")
         def tick(self, budget_s): return False
         def state_dict(self): return {{"seen": self.seen}}
         def load_state_dict(self, state): self.seen = dict(state["seen"])
         def proposer(self): return None
+        def close(self): pass
 
     class Changed(Loop):
         {body}
@@ -324,7 +327,10 @@ LOOP = """
 """
 BROKEN_LOOPS = {
     "state forgotten": ("def load_state_dict(self, state): pass", "test_observes_and_remembers"),
-    "unknown requests rated": ("def feedback(self, request_id, quality): pass", "test_observes_and_remembers"),
+    "unknown requests rated": (
+        "def feedback(self, request_id, quality): return FeedbackResult('deferred')",
+        "test_observes_and_remembers",
+    ),
     "never done": ("def tick(self, budget_s): return True", "test_observes_and_remembers"),
     "weights touched": (
         "def tick(self, budget_s): self.context.decoder._final_norm.mul_(1.01)",

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from ruvllm_cli.plugins_command import selections
 from ruvllm_core import Registry, Settings, load_settings
-from ruvllm_core.cli.plugins_command import selections
 from ruvllm_core.errors import ConfigError, PluginConflict, PluginError
 from ruvllm_core.hookspecs import API_VERSION
 

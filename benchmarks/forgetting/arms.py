@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NONE, DIRECTIONS, EWC, L2, FACTORS, REPLAY = "none", "directions", "ewc", "l2", "factors", "replay"
+NONE, DAMPED, DIRECTIONS, EWC = "none", "damped", "directions", "ewc"
+L2, FACTORS, REPLAY = "l2", "factors", "replay"
 LABELS = {
     NONE: "without",
+    DAMPED: "EWC++, directions of ΔW, damped",
     DIRECTIONS: "EWC++, directions of ΔW",
     EWC: "EWC++, numbers of ΔW",
     L2: "L2 to the anchor, of ΔW",

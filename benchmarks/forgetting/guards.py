@@ -107,6 +107,7 @@ class DirectionGuard(FisherGuard[DirectionProbe]):
 
     def __init__(self, stack: AdapterStack, cells: Sequence[Cell], training: Training) -> None:
         super().__init__(stack, cells, training)
+        self._damping = training.damping if cells[0].arm.way == arms.DAMPED else 0.0
         self._fisher: dict[str, tuple[Sketch, Sketch]] = {}
         self._hold: Hold | None = None
 
@@ -117,7 +118,7 @@ class DirectionGuard(FisherGuard[DirectionProbe]):
         now = curvature.normalized(probe.found)
         self._fisher = curvature.averaged(self._fisher, now, weight) if self._fisher else now
         self._hold = None  # room for the next
-        self._hold = Hold(self._stack, self._fisher)
+        self._hold = Hold(self._stack, self._fisher, self._damping)
         factors = [factor[0].numel() for factor in self._stack.parameters()]
         self.kept = 4 * sum(factors) + sum(8 * one.image[0].numel() for both in self._fisher.values() for one in both)
 
@@ -176,15 +177,15 @@ class FactorGuard(FisherGuard[FactorProbe]):
 
 #: Ways whose cells share a guard.
 _FAMILIES = {arms.NONE: Guard, arms.REPLAY: Guard, arms.EWC: ProductGuard, arms.L2: ProductGuard,
-             arms.DIRECTIONS: DirectionGuard, arms.FACTORS: FactorGuard}  # fmt: skip
+             arms.DIRECTIONS: DirectionGuard, arms.DAMPED: DirectionGuard, arms.FACTORS: FactorGuard}  # fmt: skip
 
 
-def family(cell: Cell) -> type[Guard]:
-    """The class of the guard that a cell's way asks for."""
-    return _FAMILIES[cell.arm.way]
+def family(cell: Cell) -> tuple[type[Guard], bool]:
+    """The class of the guard that a cell's way asks for, and whether it is damped."""
+    return _FAMILIES[cell.arm.way], cell.arm.way == arms.DAMPED
 
 
 def guard_of(stack: AdapterStack, cells: Sequence[Cell], training: Training) -> Guard:
     """The guard of cells of one family; `stack` has their rows, and is what the guard changes."""
-    made = family(cells[0])
+    made, _ = family(cells[0])
     return made(stack, cells, training) if issubclass(made, FisherGuard) else made()

@@ -34,6 +34,7 @@ class Training:
         batch: texts of the task to a step; replay adds as many of earlier tasks.
         average: weight of the newest task in EWC++'s moving average; 0 is the mean over tasks.
         columns: of the sketches of directions.
+        damping: of the directions that are damped.
         looked: texts of a task that its Fisher information is taken from.
         rows: most rows of a batch that is only answered.
     """
@@ -44,6 +45,7 @@ class Training:
     batch: int = 8
     average: float = 0.0
     columns: int = 32
+    damping: float = 1.0
     looked: int = 100
     rows: int = 2048
 

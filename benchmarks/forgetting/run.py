@@ -17,7 +17,7 @@ from forgetting.subject import Subject
 from forgetting.tasks import Task, load
 
 #: Replay has twice as many texts to a step.
-_TOGETHER = ((arms.NONE, arms.DIRECTIONS, arms.EWC, arms.L2, arms.FACTORS), (arms.REPLAY,))
+_TOGETHER = ((arms.NONE, arms.DAMPED, arms.DIRECTIONS, arms.EWC, arms.L2, arms.FACTORS), (arms.REPLAY,))
 
 
 @dataclass(frozen=True)

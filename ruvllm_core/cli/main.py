@@ -70,7 +70,9 @@ class CommandGroup(click.Group):
             rows = [(name, offer.summary) for name, offer in _offers(ctx).items()]
         except ConfigError as error:  # help must be there for those with broken settings
             formatter.write_paragraph()
-            formatter.write_text(f"Commands come from plugins, and are left out, as settings are wrong: {error.message}")
+            formatter.write_text(
+                f"Commands come from plugins, and are left out, as settings are wrong: {error.message}"
+            )
             return
         with formatter.section("Commands"):
             formatter.write_dl(rows)

@@ -91,8 +91,8 @@ class Sampler:
         else:
             token = pick(target, self._random.random) if pick else target.draw(self._random.random())
         self.count(token)
-        described = self._describe(adjusted, token) if self._params.logprobs is not None else (None, None)
-        return Sampled(token, *described, target)
+        logprob, likely = self._describe(adjusted, token) if self._params.logprobs is not None else (None, None)
+        return Sampled(token, logprob, likely, target)
 
     def count(self, token: int) -> None:
         """Let the penalties know of a generated token."""

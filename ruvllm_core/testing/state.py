@@ -167,4 +167,5 @@ class LearningLoopSuite:
                 np.testing.assert_array_equal(delta.b @ delta.a, theirs.sites[site].b @ theirs.sites[site].a, site)
                 assert (delta.b @ delta.a).shape == (places[site].b @ places[site].a).shape, site
         np.testing.assert_array_equal(tiny.whole(decoder, tiny.TEXTS["c"]), untouched)
-        loop.close(), restored.close()
+        loop.close()
+        restored.close()

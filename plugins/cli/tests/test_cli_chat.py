@@ -170,6 +170,89 @@ def test_it_says_when_an_answer_was_cut(ruvllm, tiny: Path) -> None:
     assert (result.out, result.err) == ("\n", "")
 
 
+LOOP = """
+from ruvllm_core.protocols import FeedbackResult
+
+class Mimic:
+    wants_hidden = False
+    def __init__(self, context):
+        self.seen, self.folder = {}, context.state_dir
+    def adapter(self, request):
+        return None
+    def observe(self, trajectory):
+        self.seen[trajectory.request_id] = trajectory.params.user
+    def feedback(self, request_id, quality):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "seen").open("a") as file:
+            file.write(f"{self.seen[request_id]} {quality}\\n")
+        if quality == 0.5:
+            return FeedbackResult("refused", "", "it says nothing")
+        return FeedbackResult("applied", "v7") if quality else FeedbackResult("deferred", "", "later")
+    def tick(self, budget_s):
+        return False
+    def proposer(self):
+        return None
+    def close(self):
+        pass
+
+@hookimpl
+def learning_loops():
+    return [Offer("mimic", "ruvllm_mimic_hooks:Mimic", "")]
+"""
+
+
+def test_answers_are_rated(ruvllm, install, tiny: Path, asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("ruvllm-mimic", "mimic", LOOP)
+    monkeypatch.setenv("RUVLLM_LEARNING", "mimic")
+    lines = ["/good", "A", "/rate x", "/rate 2", "/good thing", "/rate 0.5", "/rate 0.7", "/bad", "/regenerate", "/bad"]
+    result = ruvllm("chat", tiny, *SHORT, "--learn", "--user", "ann", stdin="\n".join([*lines, "/clear", "/good"]))
+    assert result.code == 0
+    assert (tmp_path / "cache" / "learning" / "mimic" / "seen").read_text() == "ann 0.5\nann 0.7\nann 0.0\n"
+    said = [line for line in result.err.splitlines() if line.startswith(("error: ", "[mimic"))]
+    begins = [
+        "error: there is no answer here to rate yet",
+        "error: /rate needs a number from 0 to 1, not 'x'",
+        "error: /rate needs a number from 0 to 1, not '2'",
+        "error: /good takes nothing after it",
+        "[mimic: refused, base model, request ",
+        "[mimic: applied, adapter v7, request ",
+        "error: this answer is rated already",
+        "[mimic: deferred, base model, request ",
+        "error: there is no answer here to rate yet",
+    ]
+    assert [line.startswith(begin) for line, begin in zip(said, begins, strict=True)] == [True] * len(begins), said
+    assert "] (it says nothing)" in result.err and "] (later)" in result.err
+    assert [params.user for _, params in asked] == ["ann", "ann"]
+
+
+def test_nothing_learns_unless_asked_for(ruvllm, install, tiny: Path, asked, tmp_path: Path) -> None:
+    install("ruvllm-mimic", "mimic", LOOP)
+    result = ruvllm("chat", tiny, *SHORT, stdin="A\n/good")
+    assert "nothing learns in this chat\n  start it with --learn" in result.err
+    assert not (tmp_path / "cache" / "learning").exists()
+    assert asked[0][1].user == ""
+
+
+@pytest.mark.usefixtures("forbid_loading")
+def test_learning_needs_a_loop(ruvllm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUVLLM_PLUGIN_ALLOW", "cli,candle_like,kernels_cpu")
+    ruvllm("chat", tiny, "--learn").failed(1, "nothing that learns is installed", "pip install ruvllm-sona")
+    monkeypatch.setenv("RUVLLM_LEARNING", "")
+    ruvllm("chat", tiny, "--learn").failed(1, "the setting learning is an empty list")
+
+
+def test_feedback_reaches_what_is_installed(ruvllm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ruvllm_sona")
+    monkeypatch.setenv("RUVLLM_LEARNING", "sona")
+    monkeypatch.setenv("RUVLLM_PLUGINS__SONA__BACKGROUND", "false")
+    options = ("--max-tokens", "6", "--temperature", "1", "--ignore-eos", "--log-level", "error")
+    result = ruvllm("chat", tiny, *options, "--learn", "--user", "ann", stdin="Hi\n/good")
+    assert "[sona: applied, adapter " in result.err
+    found = ruvllm("sona", "history", tiny, "--user", "ann", "--feedback", "--json").json
+    assert [(one["quality"], one["tokens"]) for one in found] == [(1.0, 6)]
+    assert f"request {found[0]['request']}]" in result.err
+
+
 class Terminal:
     """A command with a terminal of its own."""
 

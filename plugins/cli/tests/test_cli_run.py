@@ -74,7 +74,7 @@ def test_every_sampling_field_has_a_flag() -> None:
     for option in _SAMPLING:
         option(command)
     flags = {parameter.name for parameter in command.params}
-    assert flags == set(GenerateParams.model_fields) - {"hidden_states", "cache_salt"}
+    assert flags == set(GenerateParams.model_fields) - {"hidden_states", "cache_salt", "user"}
 
 
 @pytest.mark.parametrize(

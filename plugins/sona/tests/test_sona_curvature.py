@@ -69,6 +69,15 @@ def test_sketch_keeps_the_trace_and_most_of_what_is_large() -> None:
     assert bool((torch.linalg.eigvalsh(dense(found)) > -1e-6 * wanted[:, None]).all())
 
 
+def test_damping_mixes_with_the_identity_and_keeps_the_trace() -> None:
+    spectrum = Sketch.of(low(0, 12), 4).spectrum()
+    exact = dense(spectrum)
+    trace = exact.diagonal(dim1=1, dim2=2).sum(-1)
+    wanted = (exact + 0.5 * (trace / 12)[:, None, None] * torch.eye(12, dtype=torch.float64)) / 1.5
+    torch.testing.assert_close(dense(spectrum.damped(0.5)), wanted)
+    torch.testing.assert_close(dense(spectrum.damped(0.0)), exact)
+
+
 def test_sketches_are_linear() -> None:
     one, two = low(3, 12), low(4, 12)
     mixed = Sketch.of(one, 6).mixed(Sketch.of(two, 6), 0.25, torch.tensor([1.0, 2.0, 3.0]))

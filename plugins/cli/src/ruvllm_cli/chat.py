@@ -23,6 +23,9 @@ HELP = {
     "save": "/save FILE           write the conversation to a JSON file",
     "load": "/load FILE           take up a saved conversation",
     "regenerate": "/regenerate          another answer to the last message",
+    "good": "/good                the last answer was good (with --learn)",
+    "bad": "/bad                 it was bad",
+    "rate": "/rate 0.7            how good it was, from 0 to 1",
     "clear": "/clear               forget the conversation, not the system message",
     "quit": "/quit                end, as Ctrl-D does",
 }
@@ -35,15 +38,19 @@ class Chat:
     Attributes:
         messages: what was said, without the system message; user and assistant take turns.
         open: False once the user wants to end.
+
+    Args:
+        user: whom loops that learn take the ratings from; empty is whoever has no name.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, user: str = "") -> None:
         self.messages: list[dict[str, str]] = []
         self.system = settings.run.system or ""
         self.open = True
         self._engine = engine
         self._settings = settings
-        self._changes: dict[str, Any] = {}
+        self._changes: dict[str, Any] = {"user": user} if user else {}
+        self._last, self._rated = "", False  # the request of the last answer, and whether that has its verdict
 
     def enter(self, text: str) -> None:
         """Take what the user typed: a message, or a slash command. Raises `RuvLLMError`."""
@@ -75,6 +82,7 @@ class Chat:
         answer = stream.result()
         click.echo(answer.text[len(text) :])
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self._last, self._rated = stream.request_id, False
         if answer.finish_reason in ("length", "cancelled"):
             why = {"length": "at max_tokens or the end of the context", "cancelled": "by you"}[answer.finish_reason]
             click.echo(f"[stopped {why}]", err=True)
@@ -124,15 +132,47 @@ class Chat:
             whole = False
         if not whole:
             raise RequestError(f"{file} is no saved conversation", hint="it must be a file that /save wrote")
-        self.system, self.messages = system, messages
+        self.system, self.messages, self._last = system, messages, ""
 
     def _do_regenerate(self, _: str) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise RequestError("there is no answer yet", hint="say something first")
         self._answer(self.messages[:-1])
 
+    def _do_good(self, text: str) -> None:
+        self._rate("good", text, 1.0)
+
+    def _do_bad(self, text: str) -> None:
+        self._rate("bad", text, 0.0)
+
+    def _do_rate(self, text: str) -> None:
+        try:
+            quality = float(text)
+        except ValueError:
+            quality = -1.0
+        if not 0.0 <= quality <= 1.0:
+            raise RequestError(f"/rate needs a number from 0 to 1, not {text!r}", hint="as in /rate 0.7")
+        self._rate("rate", "", quality)
+
+    def _rate(self, command: str, text: str, quality: float) -> None:
+        """Tell the learning loops what the last answer was worth, and the user what became of that."""
+        if text:
+            raise RequestError(f"/{command} takes nothing after it", hint="/rate 0.7 is for what is between")
+        if not self._engine.info.learning:
+            raise RequestError("nothing learns in this chat", hint="start it with --learn")
+        if not self._last:
+            raise RequestError("there is no answer here to rate yet", hint="say something first")
+        if self._rated:
+            raise RequestError("this answer is rated already", hint="/regenerate asks for another one")
+        results = self._engine.feedback(self._last, quality)
+        self._rated = any(result.status != "refused" for result in results.values())
+        for name, result in results.items():
+            version = f", adapter {result.version}" if result.version else ", base model"
+            reason = f" ({result.reason})" if result.reason else ""
+            click.echo(f"[{name}: {result.status}{version}, request {self._last}]{reason}", err=True)
+
     def _do_clear(self, _: str) -> None:
-        self.messages = []
+        self.messages, self._last = [], ""
 
     def _do_quit(self, _: str) -> None:
         self.open = False

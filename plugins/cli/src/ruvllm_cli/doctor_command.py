@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
+from ruvllm_cli.plugins_command import print_plugins, selections
 from ruvllm_core import __version__
 from ruvllm_core.cli.app import App, pass_app
 from ruvllm_core.cli.output import print_json, print_table
-from ruvllm_cli.plugins_command import print_plugins, selections
 from ruvllm_core.errors import RuvLLMError
 from ruvllm_core.machine import usable_cpus
 from ruvllm_core.settings import ENV_PREFIX

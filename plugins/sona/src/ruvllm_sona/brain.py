@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,11 @@ class Brain:
         versions: what was published.
         micro: the preview; it forgets when a version that has learned the same is published.
         pending: rated answers to learn from, with how much better each was than expected.
+        hand: those of them that are being learned from and are in no version yet.
         covers: sequence of the last feedback in the log that the published version has learned from.
         backoff: smaller steps after rejections.
+        number: the version in force; 0 is the base model.
+        life: another object after `rollback` and `clear`; work begun in an earlier life must change nothing.
     """
 
     def __init__(self, folder: Path, name: str, spec: ModelSpec, settings: SonaSettings) -> None:
@@ -42,18 +46,18 @@ class Brain:
         self.versions = Versions(folder, settings.keep_versions)
         self.micro = self._new_micro()
         self.pending: deque[tuple[Example, float]] = deque()
+        self.hand: list[tuple[Example, float]] = []
+        self.due: dict[int, float] = {}
         self.covers = 0
         self.backoff = Backoff()
-        self._published = self.versions.load(self.number)
-        self._below: Deltas = self._published
+        self.life = object()
+        self._changing = threading.Lock()  # of what is in force on the disk
+        self._good: dict[str, FloatArray] | None = None
+        self._adapter: Adapter | None = None
         self._learner: Learner | None = None
         self._saved: Mapping[str, FloatArray] | None = None
-        self._adapter: Adapter | None = None
-
-    @property
-    def number(self) -> int:
-        """The version in force; 0 is the base model."""
-        return self.versions.current
+        self.number = self.versions.current
+        self._set_base(self.versions.load(self.number))
 
     @property
     def version(self) -> str:
@@ -94,26 +98,78 @@ class Brain:
         own = self.learner.deltas()
         return combine([Adapter("", self._below), Adapter("", own)]).sites if self._below else own
 
-    def publish(self, deltas: Deltas, metadata: Mapping[str, Any], covers: int) -> int:
-        """Store and count a new version; `adopt` puts it in force. May run on another thread."""
-        return self.versions.publish(deltas, {**metadata, "covers": covers})
+    def take(self) -> tuple[Example, float]:
+        """The next rated answer, in hand from now on until `settle` or `put_back`."""
+        if self._good is None:
+            self._good = self.learner.state()
+        self.hand.append(self.pending.popleft())
+        return self.hand[-1]
 
-    def adopt(self, deltas: Deltas, covers: int) -> None:
+    def settle(self, covers: int) -> None:
+        """What is in hand has been learned, or never will be."""
+        self.hand, self._good, self.covers = [], None, max(covers, self.covers)
+
+    def undo(self) -> None:
+        """Make the learner what it was before it learned from what is in hand."""
+        if self._good is not None:
+            self.learner.restore(self._good)
+
+    def put_back(self) -> None:
+        """What is in hand waits again, as if it had never been taken."""
+        self.undo()
+        self.pending.extendleft(reversed(self.hand))
+        self.hand, self._good = [], None
+
+    def publish(self, deltas: Deltas, metadata: Mapping[str, Any], covers: int, life: object) -> int:
+        """Store and count a new version; `adopt` puts it in force. May run on another thread.
+
+        Raises `LearningError` if it was begun in another `life`: what it has learned may be what was forgotten since.
+        """
+        with self._changing:
+            if life is not self.life:
+                raise LearningError("it was rolled back or forgotten meanwhile", hint="what is left is learned anew")
+            return self.versions.publish(deltas, {**metadata, "covers": covers})
+
+    def adopt(self, number: int, deltas: Deltas, covers: int) -> None:
         """Requests from now on run with the version just published, and the preview of what it has learned is gone."""
-        self._published, self.covers = dict(deltas), covers
+        self.number, self._published = number, dict(deltas)
+        self.settle(covers)
         self.forget_preview()
 
     def rebase(self, deltas: Deltas) -> None:
-        """Learn on top of `deltas` from now on, from the beginning; they are the published version."""
-        self._published = self._below = dict(deltas)
-        self._learner, self._saved = None, None
+        """Learn from `deltas` on from now on, with Adam at its beginning; they are the published version."""
+        self._set_base(deltas)
         self.forget_preview()
 
     def rollback(self, number: int) -> None:
         """Put a kept version back in force, bit for bit. Raises `LearningError` if there is none."""
-        self.versions.rollback(number)
+        with self._changing:
+            deltas = self.versions.load(number)
+            self.versions.rollback(number)
+            self.life, self.number = object(), number
         self.pending.clear()
-        self.rebase(self.versions.load(number))
+        self.hand, self._good = [], None
+        self.rebase(deltas)
+
+    def clear(self) -> None:
+        """Delete every version; the base model is in force, and nobody is to use this object any more."""
+        with self._changing:
+            self.life, self.number = object(), 0
+            self.versions.rollback(0)
+            self.versions.remove(one.number for one in self.versions.kept())
+
+    def _set_base(self, deltas: Deltas) -> None:
+        """Learning starts from `deltas`. Of the learner's own kind they become its factors, for what lies below adds
+        its rank to every version to come."""
+        self._published = dict(deltas)
+        self._learner, self._saved = None, None
+        self._below: Deltas = self._published
+        sites = linear_sites(self._spec)
+        if deltas.keys() == sites.keys() and all(len(one.a) == self._settings.rank for one in deltas.values()):
+            self._below, saved = {}, {"steps": np.zeros(1, np.float32)}
+            for site, delta in deltas.items():
+                saved[f"{site}.a"], saved[f"{site}.b"] = delta.a[None], delta.b[None] * np.float32(delta.scale)
+            self._saved = saved
 
     def forget_preview(self) -> None:
         """Set the final site back to nothing."""
@@ -126,21 +182,32 @@ class Brain:
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
         """The learner's factors and moments, what lies below, and numbers; `restore` takes them."""
         arrays: dict[str, FloatArray] = {}
-        own = self._learner.state() if self._learner is not None else self._saved
+        own = self._good if self._good is not None else self._saved
+        if self._good is None and self._learner is not None:
+            own = self._learner.state()
         for name, values in (own or {}).items():
             arrays[f"learner.{name}"] = values
         for site, delta in self._below.items():
             arrays[f"below.{site}.a"], arrays[f"below.{site}.b"] = delta.a, delta.b * np.float32(delta.scale)
         preview, meta = self.micro.state()
         arrays |= {f"preview.{name}": values for name, values in preview.items()}
-        return arrays, {"number": self.number, "covers": self.covers, "learner": own is not None, "preview": meta}
+        numbers = {"number": self.number, "covers": self.covers, "learner": own is not None, "preview": meta}
+        waiting = [[one.sequence, advantage] for one, advantage in (*self.hand, *self.pending)]
+        return arrays, {**numbers, "pending": waiting, "step": self.backoff.step, "rejected": self.backoff.rejected}
 
     def restore(self, arrays: Mapping[str, FloatArray], meta: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, if that is the version in force; else on top of that version."""
+        """Go on where `state` was taken, if that is the version in force; else from that version.
+
+        Afterwards `due` has the sequences of the answers that waited, and how much better than expected each was.
+        """
+        self.covers, waiting = int(meta["covers"]), {int(one): float(advantage) for one, advantage in meta["pending"]}
+        self.backoff = Backoff(step=float(meta["step"]), rejected=int(meta["rejected"]))
         if meta["number"] != self.number:
             published = {one.number: one.metadata for one in self.versions.kept()}
-            self.covers = max(int(meta["covers"]), int(published.get(self.number, {}).get("covers", 0)))
+            self.covers = max(self.covers, int(published.get(self.number, {}).get("covers", 0)))
+            self.due = {one: advantage for one, advantage in waiting.items() if one > self.covers}
             return
+        self.due = waiting
         below = {
             name[6:-2]: LowRank(values, arrays[f"{name[:-2]}.b"])
             for name, values in arrays.items()
@@ -148,11 +215,13 @@ class Brain:
         }
         if set(below) - set(linear_sites(self._spec)):
             raise LearningError("what was learned is of another model", hint="use another data directory")
-        self._below, self.covers = below, int(meta["covers"])
+        self._below = below
         preview = {name[8:]: values for name, values in arrays.items() if name.startswith("preview.")}
         self.micro = MicroLoRA.restore(preview, meta["preview"], meta["preview"]["current"].rpartition(".")[0])
         if meta["learner"]:
             self._saved = {name[8:]: values for name, values in arrays.items() if name.startswith("learner.")}
+        else:
+            self._saved = None
 
     def _new_micro(self) -> MicroLoRA:
         own = self._settings

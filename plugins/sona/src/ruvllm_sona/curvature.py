@@ -81,6 +81,12 @@ class Spectrum:
         """Times ``[G]``."""
         return Spectrum(self.rest * factor, self.values * factor[:, None], self.vectors)
 
+    def damped(self, share: float) -> Spectrum:
+        """Mixed with the identity of the same trace, ``share`` of that to 1 of this: no direction is quite free."""
+        mean = self.rest + self.values.sum(-1) / self.vectors.shape[1]
+        mixed = Spectrum(self.rest + share * mean, self.values, self.vectors)
+        return mixed.scaled(torch.full_like(mean, 1.0 / (1.0 + share)))
+
     def of_rows(self, x: Tensor) -> Tensor:
         """The product with each row of ``[G, r, n]``."""
         return self.rest[:, None, None] * x + ((x @ self.vectors) * self.values[:, None]) @ self.vectors.mT
@@ -169,9 +175,10 @@ class Hold:
     Args:
         anchor: the deltas, G rows.
         fisher: normalized sketches of the sites that are held.
+        damping: how much of the identity is mixed into both of U and V, since sketches know only what they saw.
     """
 
-    def __init__(self, anchor: AdapterStack, fisher: Sketches) -> None:
+    def __init__(self, anchor: AdapterStack, fisher: Sketches, damping: float = 0.0) -> None:
         alike: dict[tuple[object, ...], list[str]] = {}
         for name in fisher:
             if name not in anchor.sites:
@@ -181,7 +188,7 @@ class Hold:
         for names in alike.values():
             a = torch.cat([anchor.sites[name][0] for name in names]).detach().double()
             b = torch.cat([anchor.scales[name] * anchor.sites[name][1] for name in names]).detach().double()
-            u, v = (_joined([fisher[name][n] for name in names]).spectrum() for n in (0, 1))
+            u, v = (_joined([fisher[name][n] for name in names]).spectrum().damped(damping) for n in (0, 1))
             if (u.vectors.shape[:2], v.vectors.shape[:2]) != (b.shape[:2], (len(a), a.shape[2])):
                 raise LearningError(f"{names[0]}: delta and Fisher information are of different shapes")
             self._groups.append(_Group(names, a, b, u, v))

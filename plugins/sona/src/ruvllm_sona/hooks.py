@@ -1,4 +1,4 @@
-"""What this plugin registers: the learning loop ``sona``."""
+"""What this plugin registers: the learning loop ``sona``, and ``ruvllm sona``."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ Settings = SonaSettings
 @hookimpl
 def learning_loops() -> list[Offer]:
     return [Offer("sona", "ruvllm_sona.loop:SonaLoop", "adapters that learn from feedback")]
+
+
+@hookimpl
+def commands() -> list[Offer]:
+    return [Offer("sona", "ruvllm_sona.command:command", "look at what was learned, and change it")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,6 +90,7 @@ class Learner:
         if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
             self._adam.zero_grad()
             raise LearningError("the gradient of these answers is not finite, nothing was learned from them")
+        yield None
         before = [factor.detach().clone() for factor in self._stack.parameters()]
         self._adam.step()
         self.predicted = -sum(
@@ -100,6 +101,22 @@ class Learner:
         self._adam.zero_grad()
         self.steps += 1
         yield outcome
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copies what a step changes; the function returned takes back all steps since, to the last bit."""
+        adam, factors, steps = self._adam, self._stack.parameters(), self.steps
+        values = [factor.detach().clone() for factor in factors]
+        moments = [{name: one.clone() for name, one in adam.state.get(factor, {}).items()} for factor in factors]
+
+        def revert() -> None:
+            self._adam, self.steps = adam, steps
+            for factor, value, moment in zip(factors, values, moments, strict=True):
+                factor.detach().copy_(value)
+                adam.state.pop(factor, None)
+                if moment:
+                    adam.state[factor] = moment
+
+        return revert
 
     def rate(self, learning_rate: float) -> None:
         """Take steps of this size from now on."""

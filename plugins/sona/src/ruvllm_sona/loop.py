@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast
 
+from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.errors import LearningError
-from ruvllm_core.generate.request import Request, Trajectory
+from ruvllm_core.generate.request import Request, Trajectory, new_request_id
 from ruvllm_core.log import get_logger
-from ruvllm_core.protocols import Adapter, FeedbackResult, LearningContext, LowRank, Proposer
+from ruvllm_core.protocols import Adapter, FeedbackResult, FloatArray, LearningContext, LowRank, Proposer
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.drafting import Drafting
 from ruvllm_sona.files import folder_name
@@ -20,12 +21,15 @@ from ruvllm_sona.pooled import Pooler
 from ruvllm_sona.records import Example
 from ruvllm_sona.schedule import Schedule
 from ruvllm_sona.settings import SonaSettings
+from ruvllm_sona.sites import final_site, start
 from ruvllm_sona.study import Study
 from ruvllm_sona.tenant import Tenant, put_files
 from ruvllm_sona.trace import Head, Trace, eligibility, why_untraceable
 
+Status: TypeAlias = Literal["applied", "deferred", "refused"]
 _log = get_logger("sona")
 _HELD_BYTES = 64 << 20  # hidden states of answers that have no trace yet
+_AGAIN_S = 10.0  # from one try to open a user's memory that cannot be opened to the next
 
 
 @dataclass(eq=False)
@@ -37,6 +41,7 @@ class _Answer:
     brain: Brain | None
     micro: tuple[str, LowRank] | None
     trace: Trace | None = None
+    state: FloatArray | None = None
     reason: str = "its trace has not been computed yet"
 
     @property
@@ -57,10 +62,13 @@ class SonaLoop:
         self.folder = context.state_dir / key
         self._pooler = Pooler(context.weights["embed"], context.tokenizer)
         self._head = Head.of(context.spec, context.weights)
-        self._tenants: dict[str, Tenant | LearningError] = {}
+        self._fresh = start(final_site(context.spec), self.settings.instant_rank, 0)[FINAL_SITE]
+        self._tenants: dict[str, Tenant] = {}
+        self._unopened: dict[str, tuple[float, LearningError]] = {}
+        self._failed: set[str] = set()
         self._running: OrderedDict[str, tuple[str, Brain | None, tuple[str, LowRank] | None]] = OrderedDict()
         self._answers: OrderedDict[str, _Answer] = OrderedDict()
-        self._untraced: deque[_Answer] = deque()
+        self._untraced: OrderedDict[str, _Answer] = OrderedDict()
         self._held = 0
         self._schedule = Schedule()
         self.study = Study(context, self.settings)
@@ -70,7 +78,7 @@ class SonaLoop:
         if self._drafting is not None:
             self._drafting.know(request.params.user)
         tenant = self._find(request.params.user)
-        brain = tenant.route(request.prompt_ids) if isinstance(tenant, Tenant) else None
+        brain = tenant.route(request.prompt_ids) if tenant is not None else None
         micro = (brain.micro.version, brain.micro.current) if brain is not None else None
         self._running[request.id] = request.params.user, brain, micro
         while len(self._running) > 2 * self.settings.remember:
@@ -84,14 +92,16 @@ class SonaLoop:
         answer = _Answer(trajectory, user, brain, micro)
         self._answers[trajectory.request_id] = answer
         while len(self._answers) > self.settings.remember:
-            self._answers.popitem(last=False)
+            gone, _ = self._answers.popitem(last=False)
+            if gone in self._untraced:  # nobody can rate it any more
+                self._drop_hidden(gone, "")
+        self._untraced[trajectory.request_id] = answer
+        self._held += _bytes(trajectory)
         if not self.settings.instant or trajectory.hidden is None:
-            answer.reason = "the preview is switched off, or hidden states were not recorded"
+            self._drop_hidden(trajectory.request_id, "the preview is switched off, or hidden states were not recorded")
             return
-        self._untraced.append(answer)
-        self._held += trajectory.hidden.nbytes
         while self._held > _HELD_BYTES:
-            self._drop_hidden(self._untraced.popleft(), "too many answers came after it")
+            self._drop_hidden(next(iter(self._untraced)), "too many answers came after it")
         if not self._schedule.has("traces"):
             self._schedule.add("traces", self._trace_all(), rank=0)
 
@@ -105,19 +115,28 @@ class SonaLoop:
         tenant, now = self._open(answer.user), time.time()
         if (refusal := tenant.ledger.feedback(now)) is not None:
             return FeedbackResult("refused", self._version(tenant, answer), str(refusal))
-        if answer.trace is None and answer in self._untraced:
+        if request_id in self._untraced:
             self._trace(answer)
-        brain = answer.brain or tenant.route(answer.trajectory.prompt_ids)
+        brain = self._brain(tenant, answer)
         example = replace(answer.example, quality=quality, time=now)
         trace = answer.trace
         example = tenant.remember(example, (trace.a, trace.b) if trace is not None else None)
         before, nats = brain.version if brain is not None else "", 0.0
         status, reason = "deferred", answer.reason
         if trace is not None and brain is not None:
+            old = brain.micro.version
+            if not trace.version and old.endswith(".0"):  # drawn before there was anything to know of this user
+                trace = replace(trace, version=old)
             step = brain.micro.learn(trace, quality)
             status, reason, nats = ("applied" if step.applied else "deferred"), step.reason, step.nats or 0.0
-        tenant.learn_later(example)
-        self._plan(tenant)
+            # With the background loop, it is the step through the whole network that is paid for.
+            if step.applied and not self.settings.background and (refusal := tenant.ledger.allow(abs(nats), now)):
+                brain.micro.rollback(old)
+                status, reason, nats = "refused", str(refusal), 0.0
+        advantage = tenant.learn_later(example, answer.state)
+        self._plan(tenant, anew=True)
+        if status == "deferred" and advantage == 0.0:
+            status, reason = "refused", "as good as usual: nothing to learn"
         after = self._version(tenant, answer)
         tenant.audit.append(
             "feedback",
@@ -130,7 +149,7 @@ class SonaLoop:
         )
         if status == "deferred" and not self.settings.background:
             status, reason = "refused", f"{reason}; and the background loop is switched off"
-        return FeedbackResult(status, after, reason if status != "applied" else "")  # type: ignore[arg-type]
+        return FeedbackResult(cast(Status, status), after, reason if status != "applied" else "")
 
     def teach(
         self, user: str, prompt_ids: tuple[int, ...], output_ids: tuple[int, ...], quality: float
@@ -138,29 +157,45 @@ class SonaLoop:
         """Feedback on an answer that was not given here; nothing is known of how it was drawn, so it is deferred."""
         if not prompt_ids or not output_ids:
             raise LearningError("a prompt and an answer of at least one token each are needed")
+        size = self._context.spec.vocab_size
+        if not 0.0 <= quality <= 1.0 or not all(0 <= token < size for token in (*prompt_ids, *output_ids)):
+            raise LearningError(f"a quality from 0 to 1 and tokens below {size} are needed; quality is {quality}")
+        if len(prompt_ids) >= self._context.spec.max_context:
+            raise LearningError(f"a prompt of {len(prompt_ids)} tokens leaves no room for an answer")
         tenant, now = self._open(user), time.time()
+        brain = tenant.route(prompt_ids)
+        version = brain.version if brain is not None else ""
+        if not self.settings.background:
+            return FeedbackResult("refused", version, "it takes a forward pass; the background loop is switched off")
         if (refusal := tenant.ledger.feedback(now)) is not None:
-            return FeedbackResult("refused", "", str(refusal))
-        example = tenant.remember(Example(f"taught-{now:.6f}", prompt_ids, output_ids, quality, 0.0, time=now), None)
-        tenant.learn_later(example)
-        self._plan(tenant)
-        return FeedbackResult("deferred", "", "the answer was not drawn here, so it takes a forward pass")
+            return FeedbackResult("refused", version, str(refusal))
+        example = Example(new_request_id(), prompt_ids, output_ids, quality, 0.0, adapter_version="", time=now)
+        example = tenant.remember(example, None)
+        advantage = tenant.learn_later(example)
+        self._plan(tenant, anew=True)
+        status = "deferred" if advantage else "refused"
+        reason = "it was not drawn here, so it takes a forward pass" if advantage else "as good as usual"
+        note = f"quality {quality:g}, taught, {status}"
+        tenant.audit.append(
+            "feedback", actor="user", before=version, after=version, request_id=example.request_id, note=note
+        )
+        return FeedbackResult(cast(Status, status), version, reason)
 
     def tick(self, budget_s: float) -> bool:
+        if not len(self._schedule):  # something may have been forgotten, or found in a log
+            for tenant in self._tenants.values():
+                self._plan(tenant)
         return self._schedule.run(budget_s)
 
     def state_dict(self) -> dict[str, Any]:
         """The files of every user that is known here, by name and as bytes."""
-        found = {}
-        for user, tenant in self._tenants.items():
-            if isinstance(tenant, Tenant):
-                found[user] = tenant.files()
-        return found
+        return {user: tenant.files() for user, tenant in self._tenants.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put those files in place of what there is. Raises `LearningError` if they are not of this model."""
         for user, files in state.items():
-            if isinstance(tenant := self._tenants.pop(user, None), Tenant):
+            if (tenant := self._tenants.pop(user, None)) is not None:
+                self._drop_jobs(tenant)
                 tenant.close()
             put_files(self.folder / folder_name(user), files)
             self._open(user)
@@ -177,11 +212,13 @@ class SonaLoop:
         self._schedule.drop()
         if self._drafting is not None:
             self._drafting.close()
+        self.study.close()  # before the locks are given back: it may still be writing
         for tenant in self._tenants.values():
-            if isinstance(tenant, Tenant):
+            try:
                 tenant.close()
+            except LearningError as error:  # the others are to be saved, too
+                _log.error("what was learned cannot be saved", user=tenant.name, reason=str(error))
         self._tenants.clear()
-        self.study.close()
 
     def deepen(self, user: str = "") -> None:
         """Have the deep loop train on all that `user` ever rated, in idle time. Raises `LearningError`."""
@@ -202,72 +239,92 @@ class SonaLoop:
         """A user's memory, for whoever looks at it or changes it on the engine's thread. Raises `LearningError`."""
         return self._open(user)
 
-    def _find(self, user: str) -> Tenant | LearningError | None:
-        """A user's memory if there is any; what is wrong with it is said once, and answers go on without."""
+    def _find(self, user: str) -> Tenant | None:
+        """A user's memory if there is any; what is wrong with it is said, and answers go on without."""
         if user not in self._tenants and (self.folder / folder_name(user)).is_dir():
-            try:
-                self._tenants[user] = self._make(user)
-                self._plan(self._tenants[user])
-            except LearningError as error:
-                _log.warning("answers do without what was learned", user=user, reason=str(error))
-                self._tenants[user] = error
+            since, _ = self._unopened.get(user, (-_AGAIN_S, None))
+            if time.monotonic() - since >= _AGAIN_S:
+                try:
+                    self._open(user)
+                except LearningError as error:
+                    _log.warning("answers do without what was learned", user=user, reason=str(error))
         return self._tenants.get(user)
 
     def _open(self, user: str) -> Tenant:
-        found = self._find(user)
-        if isinstance(found, LearningError):
-            raise found
-        if found is None:
-            found = self._tenants[user] = self._make(user)
-        return found
+        if user not in self._tenants:
+            folder = self.folder / folder_name(user)
+            try:
+                tenant = Tenant(folder, user, self._context.spec, self.settings, self._pooler)
+            except LearningError as error:
+                self._unopened[user] = time.monotonic(), error
+                raise
+            self._unopened.pop(user, None)
+            self._tenants[user] = tenant
+            self._plan(tenant)
+        return self._tenants[user]
 
-    def _make(self, user: str) -> Tenant:
-        return Tenant(self.folder / folder_name(user), user, self._context.spec, self.settings, self._pooler)
-
-    def _plan(self, tenant: Tenant | LearningError) -> None:
-        """Queue what has become due for a user."""
-        if isinstance(tenant, LearningError):
-            return
-        name = tenant.folder.name
+    def _plan(self, tenant: Tenant, *, anew: bool = False) -> None:
+        """Queue what has become due for a user; a job that has failed only `anew`."""
+        learn, maintain = (f"{what} {tenant.folder.name}" for what in ("learn", "maintain"))
+        if anew:
+            self._failed -= {learn, maintain}
         waiting = self.settings.background and any(brain.pending for brain in tenant.brains.values())
-        if waiting and not self._schedule.has(f"learn {name}"):
-            self._schedule.add(f"learn {name}", self.study.learn(tenant), rank=1)
-        if tenant.bank.due and not self._schedule.has(f"maintain {name}"):
-            self._schedule.add(f"maintain {name}", tenant.maintain(), rank=2)
+        if waiting and learn not in self._failed and not self._schedule.has(learn):
+            self._schedule.add(learn, self.study.learn(tenant), 1, lambda _: self._failed.add(learn))
+        if tenant.bank.due and maintain not in self._failed and not self._schedule.has(maintain):
+            work = tenant.maintain(self.study.elsewhere)
+            self._schedule.add(maintain, work, 2, lambda _: self._failed.add(maintain))
+
+    def _drop_jobs(self, tenant: Tenant) -> None:
+        for what in ("learn", "maintain", "deep"):
+            self._schedule.drop(f"{what} {tenant.folder.name}")
 
     def _version(self, tenant: Tenant, answer: _Answer) -> str:
-        brain = answer.brain or tenant.route(answer.trajectory.prompt_ids)
+        brain = self._brain(tenant, answer)
         return brain.version if brain is not None else ""
+
+    def _brain(self, tenant: Tenant, answer: _Answer) -> Brain | None:
+        """That of an answer; the one it was given with may have been forgotten since."""
+        if answer.brain is None or answer.brain not in tenant.brains.values():
+            answer.brain = tenant.route(answer.trajectory.prompt_ids)
+        return answer.brain
 
     def _trace_all(self) -> Iterator[None]:
         while self._untraced:
-            self._trace(self._untraced[0])
+            self._trace(next(iter(self._untraced.values())))
             yield
 
     def _trace(self, answer: _Answer) -> None:
-        self._untraced.remove(answer)
+        """The trace of an answer's first tokens, as many as are learned from."""
         done, params = answer.trajectory, answer.trajectory.params
-        count = len(done.drawn_from)
-        answer.reason = why_untraceable(done.hidden, done.output_ids, done.drawn_from, params.temperature)
-        if not answer.reason and answer.brain is None:
-            answer.brain = self._open(answer.user).route(done.prompt_ids)
-        if not answer.reason and answer.brain is not None:
-            version, delta = answer.micro or (answer.brain.micro.version, answer.brain.micro.current)
-            assert done.hidden is not None
-            answer.trace = eligibility(
-                done.hidden[:count],
-                done.output_ids[:count],
-                done.drawn_from,
-                params.temperature,
-                delta,
-                self._head,
-                version=version,
-                repetition_penalty=params.repetition_penalty,
-                prompt_ids=done.prompt_ids,
-            )
-        self._drop_hidden(answer, answer.reason)
+        count, reason = min(len(done.drawn_from), self.settings.max_answer), ""
+        try:
+            answer.state = self._pooler(done.prompt_ids)
+            reason = why_untraceable(done.hidden, done.output_ids, done.drawn_from, params.temperature)
+            if not reason:
+                assert done.hidden is not None
+                version, delta = answer.micro or ("", self._fresh)
+                answer.trace = eligibility(
+                    done.hidden[:count],
+                    done.output_ids[:count],
+                    done.drawn_from[:count],
+                    params.temperature,
+                    delta,
+                    self._head,
+                    version=version,
+                    repetition_penalty=params.repetition_penalty,
+                    prompt_ids=done.prompt_ids,
+                )
+        except LearningError as error:
+            reason = str(error)
+        self._drop_hidden(done.request_id, reason)
 
-    def _drop_hidden(self, answer: _Answer, reason: str) -> None:
-        if answer.trajectory.hidden is not None:
-            self._held -= answer.trajectory.hidden.nbytes
+    def _drop_hidden(self, request_id: str, reason: str) -> None:
+        answer = self._untraced.pop(request_id)
+        self._held -= _bytes(answer.trajectory)
         answer.trajectory, answer.reason = replace(answer.trajectory, hidden=None, drawn_from=()), reason
+
+
+def _bytes(trajectory: Trajectory) -> int:
+    drawn = sum(one.ids.nbytes + one.probabilities.nbytes for one in trajectory.drawn_from)
+    return drawn + (0 if trajectory.hidden is None else trajectory.hidden.nbytes)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ruvllm_core.decode.lora import FINAL_SITE
-from ruvllm_core.protocols import Weights
+from ruvllm_core.protocols import FloatArray, Weights
 from ruvllm_sona.gate import Measured
 from ruvllm_sona.network import Network, padded
 from ruvllm_sona.score import stack_of
 from ruvllm_sona.sites import Deltas
 from ruvllm_sona.update import Pass
 
+_PIECE = 1 << 20  # logits that are looked at in one slice
 _KEPT = 64  # texts whose base states are remembered
 
 
@@ -36,8 +37,11 @@ class NetworkMeasure:
                     del self._base[next(iter(self._base))]
             base = self._base[ids]
             hidden = (yield from self._hidden(deltas, ids)) if deltas else base
-            found.append(self._compare(hidden, base, ids))
-            yield
+            step, parts = max(_PIECE // self._network.spec.vocab_size, 1), []
+            for at in range(0, len(hidden), step):
+                parts.append(self._compare(hidden[at : at + step], base[at : at + step], ids[at + 1 :], bool(deltas)))
+                yield
+            found.append(Measured(*(np.concatenate(one) for one in zip(*parts, strict=True))))
         return found
 
     def _hidden(self, deltas: Deltas | None, ids: tuple[int, ...]) -> Generator[None, None, Tensor]:
@@ -47,13 +51,15 @@ class NetworkMeasure:
         return way.x[0, :-1]
 
     @torch.no_grad()
-    def _compare(self, hidden: Tensor, base: Tensor, ids: tuple[int, ...]) -> Measured:
-        targets = torch.tensor(ids[1:], device=hidden.device)[:, None]
+    def _compare(
+        self, hidden: Tensor, base: Tensor, targets: tuple[int, ...], changed: bool
+    ) -> tuple[FloatArray, FloatArray]:
+        at = torch.tensor(targets[: len(hidden)], device=hidden.device)[:, None]
         logp = torch.log_softmax(self._network.logits(hidden), -1)
-        kl = torch.zeros(len(targets), device=hidden.device)
-        if hidden is not base:
+        kl = torch.zeros(len(hidden), device=hidden.device)
+        if changed:
             kl = (logp.exp() * (logp - torch.log_softmax(self._network.logits(base), -1))).sum(-1)
-        return Measured(logp.gather(1, targets)[:, 0].cpu().numpy(), kl.cpu().numpy())
+        return logp.gather(1, at)[:, 0].cpu().numpy(), kl.cpu().numpy()
 
 
 def weight_norms(weights: Weights, sites: Sequence[str], hidden_size: int) -> Generator[None, None, dict[str, float]]:

@@ -39,22 +39,34 @@ class ObjectiveConfig:
 class AnswerTokens:
     """The loss over N tokens of M answers, in steps that each read the output projection once.
 
+    Long answers are done in pieces. Then `kl` and `moved` of all pieces have to be added up before `gradient`.
+
     Args:
         network: of the adapted model.
         hidden: its states before each token, ``[N, C]``.
         targets: the tokens, int64 ``[N]``.
         owner: which answer each belongs to, int64 ``[N]``.
         temperature: each answer was drawn at, ``[M]``.
+        lengths: tokens of each whole answer, ``[M]``; those given here unless there are other pieces.
 
     Attributes:
         kl: nats a token from the base model, mean of each answer ``[M]``.
         moved: nats by which each answer is likelier than under the base model, ``[M]``.
     """
 
-    def __init__(self, network: Network, hidden: Tensor, targets: Tensor, owner: Tensor, temperature: Tensor) -> None:
+    def __init__(
+        self,
+        network: Network,
+        hidden: Tensor,
+        targets: Tensor,
+        owner: Tensor,
+        temperature: Tensor,
+        lengths: Tensor | None = None,
+    ) -> None:
         self._hidden = hidden.detach().requires_grad_(True)
         self._targets, self._owner, self._temperature = targets, owner, temperature
-        self._lengths = torch.bincount(owner, minlength=len(temperature)).to(hidden.dtype)
+        lengths = torch.bincount(owner, minlength=len(temperature)) if lengths is None else lengths
+        self._lengths = lengths.to(hidden.dtype)
         with torch.enable_grad():
             self._logits = network.logits(self._hidden)
         with torch.no_grad():

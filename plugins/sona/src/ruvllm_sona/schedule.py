@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 from ruvllm_core.log import get_logger
 
+_PATIENCE_S = 0.002  # for futures, when there is nothing else to do
 _log = get_logger("sona")
 
 
@@ -18,11 +21,18 @@ class _Job:
     rank: int
     work: Iterator[object]
     failed: Callable[[Exception], None] | None = None
+    waits: Future[Any] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.waits is None or self.waits.done()
 
 
 @dataclass
 class Schedule:
     """Jobs are generators that yield between slices. The lowest rank goes first, and within a rank who came first.
+
+    A job that yields a future waits for it, and others go on meanwhile.
 
     A slice cannot be cut short, so one is begun only if slices of its kind, as they were lately, fit into what is left
     of the budget; but one is begun in any case, or a small budget would get nothing done.
@@ -48,8 +58,14 @@ class Schedule:
         """Work for at most `budget_s` seconds; True if jobs are left."""
         ends, begun = time.perf_counter() + budget_s, False
         while self._jobs:
-            job = self._jobs[0]
-            lately = self._lately.setdefault(job.name, deque(maxlen=64))
+            job = next((job for job in self._jobs if job.ready), None)
+            if job is None:
+                if begun or budget_s <= 0.0:
+                    break
+                begun = True
+                wait([job.waits for job in self._jobs if job.waits], _PATIENCE_S, FIRST_COMPLETED)
+                continue
+            lately = self._lately.setdefault(job.name.partition(" ")[0], deque(maxlen=64))
             began = time.perf_counter()
             if begun and began + max(lately, default=0.0) > ends:
                 break
@@ -66,7 +82,8 @@ class Schedule:
 
     def _slice(self, job: _Job) -> None:
         try:
-            next(job.work)
+            found = next(job.work)
+            job.waits = found if isinstance(found, Future) else None
         except StopIteration:
             self._remove(job)
         except Exception as error:

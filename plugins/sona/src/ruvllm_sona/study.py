@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ruvllm_core.errors import LearningError
 from ruvllm_core.log import get_logger
@@ -19,13 +21,16 @@ from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import Deltas, linear_sites
-from ruvllm_sona.tenant import Tenant
+from ruvllm_sona.tenant import DEEP, Tenant
 
 if TYPE_CHECKING:
     from ruvllm_sona.measure import NetworkMeasure
     from ruvllm_sona.network import Network
 
 T = TypeVar("T")
+#: A job in slices; what it yields is nothing, or a future that it waits for.
+Work: TypeAlias = Generator[object, None, T]
+_READ = 32  # records of a log in one slice
 _AT_ONCE = 8  # answers that one publication may learn from, when many are waiting
 _LEAST_ANCHOR = 2
 _log = get_logger("sona")
@@ -47,31 +52,38 @@ class Study:
         """Wait for files that are being written."""
         self._files.shutdown()
 
-    def learn(self, tenant: Tenant) -> Iterator[None]:
+    def learn(self, tenant: Tenant) -> Work[None]:
         """Learn from all rated answers that wait, publish what passes the gate, and save."""
         while waiting := [brain for brain in tenant.brains.values() if brain.pending]:
             for brain in waiting:
-                yield from self._learn(tenant, brain)
-        yield from self._elsewhere(tenant.save)
+                yield from self._unless_changed(brain, self._learn(tenant, brain))
+        yield from self.elsewhere(tenant.snapshot())
 
-    def deep(self, tenant: Tenant) -> Iterator[None]:
+    def deep(self, tenant: Tenant) -> Work[None]:
         """Train an adapter of higher rank on all that was ever rated, and publish it if it passes the gate.
 
         Every round is put on the disk; the next call goes on after the last one. Raises `LearningError` if there is
         nothing to tell good from bad by.
         """
+        brain = tenant.brain(SHARED)
+        yield from self._unless_changed(brain, self._deep(tenant, brain))
+
+    def _deep(self, tenant: Tenant, brain: Brain) -> Work[None]:
+        network, _ = yield from self._network()
         from ruvllm_sona.deep import DeepConfig, deep
 
-        network, _ = yield from self._network()
-        brain, path = tenant.brain(SHARED), tenant.folder / "deep.safetensors"
-        examples = [self._shortened(one) for one in tenant.examples()]
-        anchors = self._anchors(examples)
+        path, examples = tenant.folder / DEEP, []
+        for number, one in enumerate(tenant.examples()):
+            examples.append(self._shortened(one))
+            if number % _READ == 0:
+                yield None
+        anchors = yield from self._anchors()
         covers = examples[-1].sequence if examples else 0
         shapes, last = linear_sites(self._context.spec), load_progress(path, covers)
         for found in deep(network, shapes, examples, anchors, DeepConfig(), resume=last):
             if found is not None:
                 last = found
-                yield from self._elsewhere(lambda done=found: save_progress(path, done, covers))
+                yield from self.elsewhere(partial(save_progress, path, found, covers))
                 _log.info("deep training", user=tenant.name, epoch=found.epoch, margin=round(found.margin, 4))
             yield None
         path.unlink(missing_ok=True)
@@ -82,57 +94,81 @@ class Study:
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, "deep", {"margin": last.best})
             brain.rebase(verdict.deltas)
-            yield from self._elsewhere(tenant.save)
+            brain.life = object()  # the background loop begins again, on top of this
+            yield from self.elsewhere(tenant.snapshot())
         else:
             self._rejected(tenant, brain, verdict, "deep")
 
-    def _learn(self, tenant: Tenant, brain: Brain) -> Generator[None, None, None]:
+    def _unless_changed(self, brain: Brain, work: Work[None]) -> Work[None]:
+        """`work`, up to the moment at which somebody rolls `brain` back or has it forget: that must not be undone."""
+        life = brain.life
+        try:
+            for found in work:
+                yield found
+                if brain.life is not life:
+                    return
+        finally:
+            work.close()
+            if brain.life is life:
+                brain.put_back()
+
+    def _learn(self, tenant: Tenant, brain: Brain) -> Work[None]:
         network, _ = yield from self._network()
-        learner, good, covers, predicted = brain.learner, brain.learner.state(), brain.covers, 0.0
-        learned = 0
+        learner, covers, predicted, learned = brain.learner, brain.covers, 0.0, 0
+        yield None
         while brain.pending and learned < _AT_ONCE:
-            example, advantage = brain.pending.popleft()
+            example, advantage = brain.take()
             covers = max(covers, example.sequence)
+            yield None
             if advantage == 0.0:
                 continue
-            before = learner.state()
+            revert = learner.snapshot()
+            yield None
             try:
                 learner.rate(self._settings.learning_rate * brain.backoff.step)
                 for _ in learner.step(network, [self._shortened(example)], [advantage]):
                     yield None
-            except LearningError as error:
+            except (LearningError, RuntimeError, ValueError, IndexError) as error:  # an answer must not block the rest
+                revert()
                 self._refused(tenant, brain, example, str(error))
                 continue
             nats = abs(learner.predicted) * min(len(example.output_ids), self._settings.max_answer)
-            if (refusal := tenant.ledger.allow(nats, example.time)) is not None:
-                learner.restore(before)
+            paid = example.sequence <= tenant.free_until
+            if not paid and (refusal := tenant.ledger.allow(nats, time.time())) is not None:
+                revert()
+                tenant.refused.add(example.sequence)
                 self._refused(tenant, brain, example, str(refusal))
                 continue
             learned, predicted = learned + 1, predicted + learner.predicted
+            yield None
         if not learned:
-            brain.covers = covers
+            brain.settle(covers)
             return
-        verdict = yield from self._judge(brain.candidate(), brain.backoff.scales)
+        candidate = brain.candidate()
+        yield None
+        verdict = yield from self._judge(candidate, brain.backoff.scales)
         brain.backoff.note(verdict)
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, "background", {"loss": -predicted})
             if verdict.scale != 1.0:
                 brain.rebase(verdict.deltas)
         else:
-            learner.restore(good)
-            brain.covers = covers
+            brain.undo()
+            brain.settle(covers)
             brain.forget_preview()
             self._rejected(tenant, brain, verdict, "background")
 
     def _publish(
         self, tenant: Tenant, brain: Brain, verdict: Verdict, covers: int, actor: str, predicted: dict[str, float]
-    ) -> Generator[None, None, None]:
-        before, deltas = brain.number, verdict.deltas
+    ) -> Work[None]:
+        before, deltas, life = brain.number, verdict.deltas, brain.life
         assert deltas is not None
-        number = yield from self._elsewhere(lambda: brain.publish(deltas, verdict.record(), covers))
-        brain.adopt(deltas, covers)
+        number = yield from self.elsewhere(lambda: brain.publish(deltas, verdict.record(), covers, life))
+        if actor == "deep":
+            brain.put_back()  # what the background loop has in hand is not in this version
+        brain.adopt(number, deltas, covers)
         tenant.bank.patterns[tenant.pattern_of(brain)].version = str(number)
-        tenant.log.append(Record("published", 0.0, version=number, covers=covers))
+        tenant.log.append(Record("published", time.time(), version=number, covers=covers))
         measured = {
             name: value for name, value in verdict.record()["figures"].items() if isinstance(value, int | float)
         }
@@ -157,7 +193,7 @@ class Study:
             "refuse", actor="background", before=number, after=number, request_id=example.request_id, note=reason
         )
 
-    def _judge(self, candidate: Deltas, scales: Sequence[float]) -> Generator[None, None, Verdict]:
+    def _judge(self, candidate: Deltas, scales: Sequence[float]) -> Work[Verdict]:
         _, measure = yield from self._network()
         if self._gate is None:
             from ruvllm_sona.measure import weight_norms
@@ -165,24 +201,29 @@ class Study:
             sites = list(linear_sites(self._context.spec))
             norms = yield from weight_norms(self._context.weights, sites, self._context.spec.hidden_size)
             limits = GateConfig(max_mean_loss=self._settings.max_loss, max_kl=self._settings.max_kl)
-            self._gate = Gate(self._anchors(()), norms, limits)
+            self._gate = Gate((yield from self._anchors()), norms, limits)
         return (yield from self._gate.check(measure, candidate, scales=scales))
 
-    def _network(self) -> Generator[None, None, tuple[Network, NetworkMeasure]]:
+    def _network(self) -> Work[tuple[Network, NetworkMeasure]]:
         if self._made is None:
-            from ruvllm_sona.measure import NetworkMeasure
-            from ruvllm_sona.network import Network
-
-            network = Network(self._context.spec, self._context.weights)
-            yield None
-            yield from network.load()
-            self._made = network, NetworkMeasure(network)
+            made = yield from self.elsewhere(self._make_network)
+            yield from made[0].load()
+            self._made = self._made or made
         return self._made
 
-    def _anchors(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def _make_network(self) -> tuple[Network, NetworkMeasure]:
+        """Imports PyTorch, which takes a second."""
+        from ruvllm_sona import learner  # noqa: F401 - a brain needs it next
+        from ruvllm_sona.measure import NetworkMeasure
+        from ruvllm_sona.network import Network
+
+        network = Network(self._context.spec, self._context.weights)
+        return network, NetworkMeasure(network)
+
+    def _anchors(self) -> Work[list[tuple[int, ...]]]:
         """Texts that are to stay as likely as they are. Where there is no tokenizer, single tokens stand for them."""
-        if self._context.tokenizer is not None:
-            return list(anchor_tokens(self._context.tokenizer, self._settings.anchors))
+        if (tokenizer := self._context.tokenizer) is not None:
+            return list((yield from self.elsewhere(lambda: anchor_tokens(tokenizer, self._settings.anchors))))
         size = self._context.spec.vocab_size
         return [tuple(range(start, min(start + 16, size))) for start in range(0, size - _LEAST_ANCHOR, size // 8)]
 
@@ -190,10 +231,9 @@ class Study:
         room = min(self._settings.max_answer, self._context.spec.max_context - len(example.prompt_ids))
         return replace(example, output_ids=example.output_ids[: max(room, 1)])
 
-    def _elsewhere(self, work: Callable[[], T]) -> Generator[None, None, T]:
-        """Have `work` done by the thread that writes files, and wait for it in slices."""
-        future: Future[T] = self._files.submit(work)
+    def elsewhere(self, work: Callable[[], T]) -> Work[T]:
+        """Have `work` done by the thread that may wait for the disk; yields what it waits for."""
+        future = self._files.submit(work)
         while not future.done():
-            wait([future], timeout=0.002)
-            yield None
+            yield future
         return future.result()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from ruvllm_core.model.spec import ModelSpec
     from ruvllm_sona.pooled import Pooler
 
+#: Has work done on a thread that may wait for the disk; yields until it is done, and returns what it returned.
+Elsewhere = Callable[[Callable[[], int]], Generator[object, None, int]]
+DEEP = "deep.safetensors"  # of a user's folder, where deep training is
 _log = get_logger("sona")
 
 
@@ -38,6 +44,10 @@ class Tenant:
         folder: of this user and this model.
         name: the user's.
         pooler: turns prompts into states.
+
+    Attributes:
+        refused: sequences of feedback that the ledger did not allow; it is not learned from when the rest is anew.
+        free_until: feedback up to this sequence has been paid for.
 
     Raises `LearningError` if another process has the folder, or something in it is damaged.
     """
@@ -52,6 +62,9 @@ class Tenant:
             own = settings
             limits = Limits(own.nats_per_hour, own.nats_per_day, own.feedback_per_minute, own.burst)
             self.ledger = Ledger(folder / "ledger.bin", limits)
+            self._saving, self._taken, self._written = threading.Lock(), 0, 0
+            self.refused: set[int] = set()
+            self.free_until = 0
             self._begin()
             self._recover()
         except BaseException:
@@ -72,7 +85,7 @@ class Tenant:
         """That of a pattern; a new one is empty."""
         if pattern not in self.brains:
             folder = self.folder / "versions" / f"{pattern:04d}"
-            self.brains[pattern] = Brain(folder, f"{self.folder.name[-8:]}.{pattern}", self._spec, self._settings)
+            self.brains[pattern] = Brain(folder, f"{self.folder.name[-32:]}.{pattern}", self._spec, self._settings)
         return self.brains[pattern]
 
     def route(self, prompt_ids: Sequence[int]) -> Brain | None:
@@ -91,49 +104,58 @@ class Tenant:
         record = feedback(example, trace)
         return self._numbered(example, self.log.append(record))
 
-    def learn_later(self, example: Example) -> float:
-        """Queue a rated answer for its brain; how much better than expected it was."""
-        state = self._pooler(example.prompt_ids)
+    def learn_later(self, example: Example, state: FloatArray | None = None) -> float:
+        """Queue a rated answer for its brain; how much better than expected it was. `state`: its prompt's, if known."""
+        state = self._pooler(example.prompt_ids) if state is None else state
         pattern = self.bank.route(state)
         found = pattern.id if pattern is not None else SHARED
         advantage = self.bank.learn(example.request_id, state, example.quality, found, example.prompt_ids)
         brain = self.brain(self.bank.find(found).id)
-        if example.sequence > brain.covers:
+        if example.sequence > brain.covers and example.sequence not in self.refused:
             brain.pending.append((example, advantage))
         return advantage
 
-    def examples(self) -> list[Example]:
+    def examples(self) -> Iterator[Example]:
         """All rated answers in the log, oldest first."""
-        return [
-            self._numbered(record.example, record.sequence)
-            for record in self.log.records()
-            if record.example is not None
-        ]
+        for record in self.log.records():
+            if record.example is not None:
+                yield self._numbered(record.example, record.sequence)
 
     def forget(self, request_id: str) -> int:
         """Forget the feedback on one answer, or with an empty id all of it: the rest is learned anew.
 
         Requests run with the base model until it has been. Returns how many records went.
         """
+        if request_id and not any(_about(record, request_id) for record in self.log.records()):
+            return 0
         before = self.brains[SHARED].number
-        dropped = self.log.rewrite(lambda record: _about(record, request_id))
-        for name in (HEAD, ANSWERS):
-            (self.folder / name).unlink(missing_ok=True)
-        for brain in self.brains.values():
-            brain.versions.rollback(0)
-            brain.versions.remove(one.number for one in brain.versions.kept())
-        self._begin()
-        self.log.append(Record("forget", time.time(), request_id=request_id))
-        self.save()
+        upto = self.log.append(Record("forget", time.time(), request_id=request_id))
+        dropped = self._forget(request_id, upto)
         self.audit.append(
             "forget", actor="user", before=str(before), after="0", request_id=request_id, note=f"{dropped} records"
         )
+        return dropped
+
+    def _forget(self, request_id: str, upto: int) -> int:
+        """Drop the feedback on an answer up to a sequence, and whatever has seen it; queue the rest."""
+        dropped = self.log.rewrite(lambda record: _about(record, request_id) and record.sequence < upto)
+        waiting = [one.sequence for brain in self.brains.values() for one, _ in (*brain.hand, *brain.pending)]
+        self.free_until = max(self.free_until, min(waiting, default=upto) - 1)
+        for name in (HEAD, ANSWERS, DEEP):
+            (self.folder / name).unlink(missing_ok=True)
+        for brain in self.brains.values():
+            brain.clear()
+        for folder in (self.folder / "versions").iterdir():  # also of patterns that are no more
+            if folder.name not in {f"{pattern:04d}" for pattern in self.brains}:
+                shutil.rmtree(folder)
+        self._begin()
         for example in self.examples():
             self.learn_later(example)
+        self.save()
         return dropped
 
     def rollback(self, number: int, pattern: int = SHARED) -> None:
-        """Put an old version in force; feedback since then is not learned again. Raises `LearningError`."""
+        """Put an old version in force; feedback up to now is not learned again. Raises `LearningError`."""
         brain = self.brain(pattern)
         before = brain.number
         brain.rollback(number)
@@ -142,31 +164,58 @@ class Tenant:
         self.save()
         self.audit.append("rollback", actor="user", before=str(before), after=str(number))
 
-    def maintain(self) -> Generator[None, None, None]:
-        """Let the bank find out whether prompts of a kind need an adapter of their own; yields between slices."""
-        for change in (yield from self.bank.maintain()):
+    def maintain(self, elsewhere: Elsewhere) -> Generator[object, None, None]:
+        """Let the bank find out whether prompts of a kind need an adapter of their own; yields between slices.
+
+        `elsewhere` has work done by a thread that may wait for the disk.
+        """
+        bank = self.bank
+        for change in (yield from bank.maintain()):
+            if bank is not self.bank:  # forgotten meanwhile
+                return
             brain, other = self.brain(change.pattern), self.brain(change.other)
-            if change.kind == "split" and other.number:
-                deltas = other.versions.load(other.number)
-                brain.publish(deltas, {"from": other.number}, other.covers)
-                brain.rebase(deltas)
+            if change.kind == "split":
                 brain.covers = self.log.last
-            elif change.kind == "merge":
-                brain.pending.extend(other.pending)
+                if other.number:
+                    deltas, life, source = other.versions.load(other.number), brain.life, other.number
+                    number = yield from elsewhere(partial(brain.publish, deltas, {"from": source}, brain.covers, life))
+                    if brain.life is not life:
+                        return
+                    brain.adopt(number, deltas, brain.covers)
+                    brain.rebase(deltas)
+            else:
+                brain.pending.extend([*other.hand, *other.pending])
+                other.life = object()
                 del self.brains[change.other]
             self.audit.append(change.kind, actor="background", note=change.reason)
             _log.info("patterns changed", user=self.name, what=change.kind, reason=change.reason)
 
     def save(self) -> None:
         """Put bank and learners where they last. What is lost without it is only work: the log has all feedback."""
+        self.snapshot()()
+
+    def snapshot(self) -> Callable[[], None]:
+        """What `save` would write now, copied; the function returned writes it, on any thread.
+
+        One that is older than what has been written since does nothing.
+        """
         arrays, meta = self.bank.state()
         found = {f"bank.{name}": values for name, values in arrays.items()}
         brains = {}
         for pattern, brain in self.brains.items():
             own, brains[str(pattern)] = brain.state()
             found |= {f"brain.{pattern}.{name}": values for name, values in own.items()}
-        text = json.dumps({"bank": meta, "brains": brains, "learned": self.log.last, "audit": str(self.audit.head)})
-        save_tensors(self.folder / "state.safetensors", found, {"state": text})
+        numbers = {"learned": self.log.last, "free_until": self.free_until, "refused": sorted(self.refused)}
+        text = json.dumps({"bank": meta, "brains": brains, **numbers, "audit": str(self.audit.head)})
+        self._taken = taken = self._taken + 1
+
+        def write() -> None:
+            with self._saving:
+                if taken > self._written:
+                    save_tensors(self.folder / "state.safetensors", found, {"state": text})
+                    self._written = taken
+
+        return write
 
     def files(self) -> dict[str, Any]:
         """Everything in the folder, saved now: `put_files` makes the same user of it.
@@ -175,7 +224,7 @@ class Tenant:
         """
         self.save()
         self.log.sync()
-        paths = (path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.name != ".lock")
+        paths = (path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
         return {
             path.relative_to(self.folder).as_posix(): load_tensors(path)
             if path.suffix == ".safetensors"
@@ -201,18 +250,23 @@ class Tenant:
             self.bank.restore(_under(arrays, "bank."), state["bank"])
             for pattern, meta in state["brains"].items():
                 self.brain(int(pattern)).restore(_under(arrays, f"brain.{pattern}."), meta)
-            learned = int(state["learned"])
-        waiting = [brain for brain in self.brains.values() if brain.covers < self.log.last]
-        since = min([learned, *(brain.covers for brain in waiting)])
-        for record in self.log.records(after=since):
+            learned, self.free_until = int(state["learned"]), int(state["free_until"])
+            self.refused = set(state["refused"])
+        forgotten = [record for record in self.log.records(after=learned) if record.kind == "forget"]
+        for record in forgotten:  # a killed process did not get to the end of it
+            self._forget(record.request_id, record.sequence)
+        if forgotten:
+            return
+        due = {one: (brain, advantage) for brain in self.brains.values() for one, advantage in brain.due.items()}
+        for record in self.log.records(after=min([learned, *(one - 1 for one in due)])):
             if record.example is None:
                 continue
             example = self._numbered(record.example, record.sequence)
             if record.sequence > learned:  # the bank has not heard of it
                 self.learn_later(example)
-            elif (brain := self.route(example.prompt_ids)) is not None and record.sequence > brain.covers:
-                baseline = self.bank.patterns[self.pattern_of(brain)].baseline
-                brain.pending.append((example, example.quality - baseline))
+            elif record.sequence in due:
+                brain, advantage = due[record.sequence]
+                brain.pending.append((example, advantage))
 
     @staticmethod
     def _numbered(example: Example, sequence: int) -> Example:

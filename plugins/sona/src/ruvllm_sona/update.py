@@ -16,6 +16,8 @@ from ruvllm_sona.network import Network, padded
 from ruvllm_sona.objective import AnswerTokens, ObjectiveConfig, saturated
 from ruvllm_sona.records import Example
 
+_PIECE = 1 << 20  # logits that are looked at in one slice
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -104,23 +106,33 @@ def gradients(
     for _ in way.forward():
         yield None
     drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
-    answers = AnswerTokens(network, way.x[owner, places], targets, owner, drawn_at)
-    yield None
+    hidden, step = way.x[owner, places], max(_PIECE // network.spec.vocab_size, 1)
+    parts, pieces = [slice(at, at + step) for at in range(0, len(owner), step)], []
+    for part in parts:
+        pieces.append(AnswerTokens(network, hidden[part], targets[part], owner[part], drawn_at, lengths))
+        yield None
     if config.saturation or config.leash:
         tied, stack = reference or (network, AdapterStack({}, {}))
         base = Pass(tied, stack, tokens=tokens, keep=False)
         for _ in base.forward():
             yield None
-        with torch.no_grad():
-            logits = tied.logits(base.x[owner, places])
-        yield None
-        answers.compare(logits)
-        del logits
-        yield None
-    weight = saturated(torch.tensor(advantages, device=device), answers.moved, config.saturation)
+        hidden = base.x[owner, places]
+        for part, piece in zip(parts, pieces, strict=True):
+            with torch.no_grad():
+                logits = tied.logits(hidden[part])
+            yield None
+            piece.compare(logits)
+            del logits
+            yield None
+    kl, moved = sum(piece.kl for piece in pieces), sum(piece.moved for piece in pieces)
+    assert isinstance(kl, Tensor) and isinstance(moved, Tensor)
+    weight = saturated(torch.tensor(advantages, device=device), moved, config.saturation)
     grad = torch.zeros_like(way.x)
-    grad[owner, places] = answers.gradient(weight, config.leash, config.budget)
-    yield None
+    for part in parts:
+        piece = pieces.pop(0)
+        piece.kl = kl
+        grad[owner[part], places[part]] = piece.gradient(weight, config.leash, config.budget)
+        yield None
     for _ in way.backward(grad):
         yield None
-    yield Outcome(answers.kl, answers.moved, weight)
+    yield Outcome(kl, moved, weight)
