@@ -48,7 +48,7 @@ def forget(app: App, model: str | None, user: str, request: str | None, everythi
         raise click.UsageError("--request needs the id of a request")
     place = open_place(app, model, user)
     with place.tenant() as tenant:
-        rated = tenant.examples()
+        rated = list(tenant.examples())
         gone = [one for one in rated if everything or one.request_id == request]
         if request and not gone:
             raise LearningError(
@@ -99,7 +99,8 @@ def import_(app: App, folder: Path, model: str | None, user: str, pattern: int, 
     with place.tenant() as tenant:
         brain = tenant.brain(pattern)
         before, covers = brain.number, brain.covers  # feedback that waits is learned on top of it
-        number = brain.publish(deltas, {"imported": True}, covers)
+        number = brain.publish(deltas, {"imported": True}, covers, brain.life)
+        brain.adopt(number, deltas, covers)
         brain.rebase(deltas)
         tenant.bank.find(pattern).version = str(number)
         tenant.log.append(Record("published", 0.0, version=number, covers=covers))
