@@ -5,7 +5,7 @@ import time
 
 from ruvllm_core import Engine, GenerateParams
 
-TOPICS = ("rain", "bread", "owls", "chess", "Rome", "tea", "snow", "violins")
+TOPICS = ("rain", "bread", "owls", "chess", "Rome", "tea")
 ASKED_TWICE = "Tell me something about bicycles."
 
 
@@ -24,5 +24,6 @@ with Engine.load("smollm2") as engine:
             print(f"{topic}: rated {quality:g}, {loop} has {result.status} it. {result.reason}")
         time.sleep(1.5)  # while you read, the engine is idle and learns through the whole network
 
+    time.sleep(10)  # whatever is left to be learned
     after = engine.generate(ASKED_TWICE, params(0)).text
     print(f"\nbefore: {before}\n\nafter: {after}\n\nanother answer: {before != after}")

@@ -132,8 +132,8 @@ def deltas(place: Place, seed: int, size: float = 0.02) -> dict[str, LowRank]:
 def publish(tenant: Tenant, found: dict[str, LowRank], covers: int, kl: float) -> None:
     """As the background loop does."""
     brain = tenant.brain(0)
-    before, number = brain.number, brain.publish(found, {"passed": True}, covers)
-    brain.adopt(found, covers)
+    before, number = brain.number, brain.publish(found, {"passed": True}, covers, brain.life)
+    brain.adopt(number, found, covers)
     brain.pending = type(brain.pending)(one for one in brain.pending if one[0].sequence > covers)
     tenant.log.append(Record("published", 0.0, version=number, covers=covers))
     tenant.audit.append(

@@ -100,6 +100,7 @@ def import_(app: App, folder: Path, model: str | None, user: str, pattern: int, 
         brain = tenant.brain(pattern)
         before, covers = brain.number, brain.covers  # feedback that waits is learned on top of it
         number = brain.publish(deltas, {"imported": True}, covers, brain.life)
+        brain.adopt(number, deltas, covers)
         brain.rebase(deltas)
         tenant.bank.find(pattern).version = str(number)
         tenant.log.append(Record("published", 0.0, version=number, covers=covers))
