@@ -267,7 +267,7 @@ class SonaLoop:
                 _log.error("what was learned cannot be saved", user=tenant.name, reason=str(error))
         self._tenants.clear()
 
-    def deepen(self, user: str = "", done: Callable[[Exception | None], object] | None = None) -> None:
+    def deepen(self, user: str = "", done: Callable[[Exception | None], None] | None = None) -> None:
         """Have the deep loop train on all that `user` ever rated, in idle time.
 
         `done` hears when it has ended, and of the error if there was one. Raises `LearningError` if it is at it.
@@ -275,7 +275,7 @@ class SonaLoop:
         tenant = self._open(user)
         if self._schedule.has(name := f"deep {tenant.folder.name}"):
             raise LearningError("deep training is under way for this user", hint="wait for its end")
-        hear = done or (lambda _: None)
+        hear: Callable[[Exception | None], None] = done or (lambda _: None)
 
         def job() -> Iterator[object]:
             try:
