@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.errors import LearningError
@@ -26,10 +29,15 @@ from ruvllm_sona.study import Study
 from ruvllm_sona.tenant import Tenant, put_files
 from ruvllm_sona.trace import Head, Trace, eligibility, why_untraceable
 
+T = TypeVar("T")
 Status: TypeAlias = Literal["applied", "deferred", "refused"]
 _log = get_logger("sona")
 _HELD_BYTES = 64 << 20  # hidden states of answers that have no trace yet
 _AGAIN_S = 10.0  # from one try to open a user's memory that cannot be opened to the next
+
+
+#: Hears of the loops that are made in this context, for whoever loads an engine and has more to say to its loop.
+MADE: ContextVar[Callable[[SonaLoop], None] | None] = ContextVar("MADE", default=None)
 
 
 @dataclass(eq=False)
@@ -73,6 +81,10 @@ class SonaLoop:
         self._schedule = Schedule()
         self.study = Study(context, self.settings)
         self._drafting: Drafting | None = None
+        self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._closed = False
+        if (hear := MADE.get()) is not None:
+            hear(self)
 
     def adapter(self, request: Request) -> Adapter | None:
         if self._drafting is not None:
@@ -181,7 +193,40 @@ class SonaLoop:
         )
         return FeedbackResult(cast(Status, status), version, reason)
 
+    def ask(self, function: Callable[[], T]) -> Future[T]:
+        """Have `function` run on the engine's thread, in the next `tick`. Any thread may ask."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                if self._closed:
+                    raise LearningError("the engine is closed", hint="load it again")
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._asked.put(work)
+        if self._closed:
+            self._answer()
+        return future
+
+    def _answer(self) -> None:
+        while not self._asked.empty():
+            try:
+                self._asked.get_nowait()()
+            except queue.Empty:  # somebody else was faster
+                return
+
+    def knows(self, request_id: str) -> bool:
+        """Whether feedback on this answer can still come."""
+        return request_id in self._answers
+
     def tick(self, budget_s: float) -> bool:
+        self._answer()
+        return self.work(budget_s)
+
+    def work(self, budget_s: float) -> bool:
+        """`tick` without what was asked."""
         if not len(self._schedule):  # something may have been forgotten, or found in a log
             for tenant in self._tenants.values():
                 self._plan(tenant)
@@ -209,6 +254,8 @@ class SonaLoop:
         return self._drafting.proposer()
 
     def close(self) -> None:
+        self._closed = True
+        self._answer()
         self._schedule.drop()
         if self._drafting is not None:
             self._drafting.close()
@@ -220,11 +267,25 @@ class SonaLoop:
                 _log.error("what was learned cannot be saved", user=tenant.name, reason=str(error))
         self._tenants.clear()
 
-    def deepen(self, user: str = "") -> None:
-        """Have the deep loop train on all that `user` ever rated, in idle time. Raises `LearningError`."""
+    def deepen(self, user: str = "", done: Callable[[Exception | None], None] | None = None) -> None:
+        """Have the deep loop train on all that `user` ever rated, in idle time.
+
+        `done` hears when it has ended, and of the error if there was one. Raises `LearningError` if it is at it.
+        """
         tenant = self._open(user)
-        if not self._schedule.has(name := f"deep {tenant.folder.name}"):
-            self._schedule.add(name, self.study.deep(tenant), rank=3)
+        if self._schedule.has(name := f"deep {tenant.folder.name}"):
+            raise LearningError("deep training is under way for this user", hint="wait for its end")
+        hear: Callable[[Exception | None], None] = done or (lambda _: None)
+
+        def job() -> Iterator[object]:
+            try:
+                yield from self.study.deep(tenant)
+            except GeneratorExit:
+                hear(LearningError("deep training was ended", hint="start it again: it goes on where it was"))
+                raise
+            hear(None)
+
+        self._schedule.add(name, job(), 3, hear)
 
     def forget(self, user: str = "", request_id: str = "") -> int:
         """Forget one answer of a user, or with an empty id everything (see `Tenant.forget`); drafts forget all."""

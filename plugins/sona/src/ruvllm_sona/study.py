@@ -150,6 +150,7 @@ class Study:
         brain.backoff.note(verdict)
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, "background", {"loss": -predicted})
+            tenant.learned += learned
             if verdict.scale != 1.0:
                 brain.rebase(verdict.deltas)
         else:
@@ -183,6 +184,7 @@ class Study:
 
     def _rejected(self, tenant: Tenant, brain: Brain, verdict: Verdict, actor: str) -> None:
         reasons = "; ".join(verdict.reasons)
+        tenant.rejected += 1
         _log.info("a new version did not pass the gate", user=tenant.name, reason=reasons)
         tenant.audit.append("reject", actor=actor, before=str(brain.number), after=str(brain.number), note=reasons)
 

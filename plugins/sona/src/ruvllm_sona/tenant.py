@@ -16,8 +16,9 @@ import numpy as np
 from ruvllm_core.errors import LearningError
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import FloatArray
-from ruvllm_sona.audit import Audit
+from ruvllm_sona.audit import Audit, read_audit
 from ruvllm_sona.brain import Brain
+from ruvllm_sona.chain import Entry
 from ruvllm_sona.drafting import ANSWERS, HEAD
 from ruvllm_sona.files import FolderLock, load_tensors, save_tensors, write_atomic
 from ruvllm_sona.frames import Record, feedback
@@ -48,6 +49,7 @@ class Tenant:
     Attributes:
         refused: sequences of feedback that the ledger did not allow; it is not learned from when the rest is anew.
         free_until: feedback up to this sequence has been paid for.
+        learned, rejected: answers that versions were made of, and candidates that did not pass the gate, since opened.
 
     Raises `LearningError` if another process has the folder, or something in it is damaged.
     """
@@ -64,7 +66,7 @@ class Tenant:
             self.ledger = Ledger(folder / "ledger.bin", limits)
             self._saving, self._taken, self._written = threading.Lock(), 0, 0
             self.refused: set[int] = set()
-            self.free_until = 0
+            self.free_until = self.learned = self.rejected = 0
             self._begin()
             self._recover()
         except BaseException:
@@ -120,6 +122,11 @@ class Tenant:
         for record in self.log.records():
             if record.example is not None:
                 yield self._numbered(record.example, record.sequence)
+
+    def said(self, actor: str, since: int) -> Entry | None:
+        """The last entry of the audit log by `actor` after the one of number `since`."""
+        found = [one for one in read_audit(self.audit.path) if one.entry > since and one.actor == actor]
+        return found[-1] if found else None
 
     def forget(self, request_id: str) -> int:
         """Forget the feedback on one answer, or with an empty id all of it: the rest is learned anew.
