@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ruvllm_sona.loop import SonaLoop
 from ruvllm_sona.plot import Curve, as_svg, as_text, curves
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites
+from ruvllm_sona.study import Study
 from ruvllm_sona.tenant import Tenant
 
 SITES = ("layers.0.attn.q", "layers.1.mlp.down")
@@ -310,6 +312,15 @@ def test_export_and_import(sona: Call, place: Place, tmp_path: Path) -> None:
         assert adapter is not None
         same(dict(adapter.sites), deltas(place, 1))
         assert len(tenant.brain(0).pending) == 2
+        decoder: Any = None
+        given = place.model.spec, decoder, place.name, place.state_dir, place.settings, place.model.weights
+        with closing(Study(LearningContext(*given, place.tokenizer), place.settings)) as study:
+            for _ in study.learn(tenant):
+                pass
+    found = sona("status", place.name, "--user", "ann", "--json").json
+    last = sona("history", place.name, "--user", "ann", "--json").json[-1]
+    assert (last["actor"], last["before"], found["feedback"]["pending"]) == ("background", "3", 0)
+    assert last["after"] == str(found["patterns"][0]["current"])
     sona("import", tmp_path / "nothing", place.name).failed(1, "holds no adapter")
 
 

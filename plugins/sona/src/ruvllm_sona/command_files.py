@@ -66,7 +66,8 @@ def merge(
     """Write the GGUF file of MODEL as DESTINATION, with what was learned for a user added to its weights.
 
     Learned changes are small: rounding to the 4 bits of a usual file eats 94 % of one. So changed tensors that had
-    fewer than 8 bits become q8_0, unless --scheme says otherwise; what rounding ate is printed.
+    fewer than 8 bits become q8_0, unless --scheme says otherwise. What rounding ate, and what error it added, is
+    printed; f16 adds next to none.
     """
     if destination.exists() and not force:
         raise click.UsageError(f"{destination} exists; use --force to replace it")

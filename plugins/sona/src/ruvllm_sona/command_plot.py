@@ -15,6 +15,8 @@ from ruvllm_sona.command_place import Place, open_place, place_options
 if TYPE_CHECKING:
     from ruvllm_sona.plot import Curve
 
+_HIGHEST = 8  # rows of a curve
+
 
 @click.command("plot")
 @place_options
@@ -65,9 +67,12 @@ def _live(place: Place, out: Path | None, seconds: float) -> None:
 
     from ruvllm_sona.plot import as_text
 
-    with Live(console=Console(), auto_refresh=False) as live:
+    console = Console()
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            live.update(Text(as_text(_curves(place), _width())), refresh=True)
+            found = _curves(place)
+            height = min(max((console.height - 1) // len(found) - 2, 1), _HIGHEST)
+            live.update(Text(as_text(found, _width(), height)), refresh=True)
             time.sleep(seconds)
 
 
