@@ -39,7 +39,7 @@ def test_chat_takes_the_flags(ruvllm, tiny: Path) -> None:
 def test_mistakes_are_named(ruvllm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ruvllm("run", tiny, "a", "--speculative", "ngrm").failed(1, "speculative", "did you mean ngram?")
     ruvllm("run", tiny, "a", "--speculative", "ngram", "--draft-tokens", "0").failed(1, "draft_tokens")
-    monkeypatch.setenv("RUVLLM_LEARNING", "[]")
+    monkeypatch.setenv("RUVLLM_PLUGIN_BLOCK", "sona")
     ruvllm("run", tiny, "a", "--speculative", "learned").failed(1, "no learning loop offers drafts")
     ruvllm("run", tiny, "a", "--speculative", "draft:/no/such/model").failed(1, "/no/such/model")
     ruvllm("run", "smollm2", "a", "--speculative", f"draft:{tiny}").failed(1, "another vocabulary", "instead of 49152")
