@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ruvllm_core.errors import LearningError
@@ -91,7 +91,7 @@ def entry_after(
             prev=head.hash if head else _GENESIS,
             hash="",
         )
-        return replace(entry, hash=_hash(asdict(entry)))
+        return replace(entry, hash=_hash(vars(entry)))
     except (TypeError, ValueError) as error:
         raise LearningError(
             f"this cannot be audited: {error}", hint="versions and notes are text, figures are numbers"
@@ -114,7 +114,7 @@ def _hash(values: Mapping[str, Any]) -> str:
 
 def line_of(entry: Entry) -> bytes:
     """An entry as it stands in the file, newline and all."""
-    return _canonical(asdict(entry)) + b"\n"
+    return _canonical(vars(entry)) + b"\n"
 
 
 def parse_line(line: bytes) -> Entry | str:

@@ -154,3 +154,10 @@ class Learner:
                             for moment in ("exp_avg", "exp_avg_sq")
                         },
                     }
+
+
+def warm_up() -> None:
+    """Have PyTorch import what the first step of Adam needs: another second, that of whoever calls this."""
+    dummy = torch.zeros(1, requires_grad=True)
+    dummy.grad = torch.zeros(1)
+    torch.optim.Adam([dummy], foreach=True).step()

@@ -214,11 +214,11 @@ class Study:
         return self._made
 
     def _make_network(self) -> tuple[Network, NetworkMeasure]:
-        """Imports PyTorch, which takes a second."""
-        from ruvllm_sona import learner  # noqa: F401 - a brain needs it next
+        from ruvllm_sona.learner import warm_up
         from ruvllm_sona.measure import NetworkMeasure
         from ruvllm_sona.network import Network
 
+        warm_up()
         network = Network(self._context.spec, self._context.weights)
         return network, NetworkMeasure(network)
 
