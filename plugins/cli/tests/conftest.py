@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 
 from ruvllm_core.cli.main import main
 from ruvllm_core.hookspecs import API_VERSION, ENTRY_POINT_GROUP
+from ruvllm_core.log import configure_logging
 
 
 @dataclass
@@ -57,7 +57,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     yield
-    structlog.reset_defaults()  # or others would log to the stderr of this test, which is closed by then
+    configure_logging("warning")  # or others would log to the stderr of this test, which is closed by then
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import structlog
 
 from ruvllm_core.cli.app import App
 from ruvllm_core.cli.main import main
+from ruvllm_core.log import configure_logging
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.protocols import LearningContext, LowRank
 from ruvllm_sona import command_deep
@@ -68,7 +68,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(os, "nice", lambda _: 0)  # it would last for all tests to come
     yield
-    structlog.reset_defaults()
+    configure_logging("warning")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ class Brain:
         self.pending: deque[tuple[Example, float]] = deque()
         self.hand: list[tuple[Example, float]] = []
         self.due: dict[int, float] = {}
-        self.covers = 0
+        self.covers = next((int(one.metadata.get("covers", 0)) for one in self.versions.kept() if one.current), 0)
         self.backoff = Backoff()
         self.life = object()
         self._changing = threading.Lock()  # of what is in force on the disk
