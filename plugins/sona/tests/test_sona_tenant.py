@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 
 from ruvllm_core.errors import LearningError
+from ruvllm_core.protocols import Adapter, LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_sona.audit import verify_audit
+from ruvllm_sona.gate import Figures, Verdict
+from ruvllm_sona.patterns import Change
+from ruvllm_sona.sites import linear_sites
 
 TEXT = tiny.TEXTS["c"]
 ANSWERS = [(tuple(TEXT[n : n + 6]), tuple(TEXT[n + 8 : n + 14]), float(n % 2)) for n in range(6)]
@@ -271,3 +275,58 @@ def test_a_killed_process_loses_nothing_that_it_acknowledged(rigs, tmp_path: Pat
     assert [one.quality for one in rig.on(lambda: list(rig.loop.tenant().examples()))] == [q for *_, q in ANSWERS]
     assert rig.on(lambda: rig.loop.tenant().brain(0).covers) >= 6
     assert not rig.on(lambda: rig.loop.tenant().brain(0).pending)
+
+
+def random_deltas(seed: int) -> dict[str, LowRank]:
+    rng, found = np.random.default_rng(seed), {}
+    for site, (rows, columns) in linear_sites(tiny.tiny_spec()).items():
+        a, b = (rng.normal(0, 0.02, shape).astype(np.float32) for shape in ((1, columns), (rows, 1)))
+        found[site] = LowRank(a, b, 0.5)
+    return found
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_patterns_that_become_one_keep_what_both_have_learned(rigs, passes: bool) -> None:
+    rig = rigs()
+    teach(rig, ANSWERS[:1])
+    tenant = rig.on(lambda: rig.loop.tenant())
+    both = [random_deltas(seed) for seed in (1, 2)]
+
+    def elsewhere(work):
+        yield None
+        return work()
+
+    def judge(candidate):
+        yield None
+        reasons = () if passes else ("it harms",)
+        return Verdict(passes, reasons, Figures(), 1.0, candidate if passes else None)
+
+    def maintain():
+        yield None
+        return [Change("merge", 0, 1, "alike", 0.25)]
+
+    def run() -> tuple[int, int, Adapter | None]:
+        for pattern, deltas in enumerate(both):
+            brain = tenant.brain(pattern)
+            brain.adopt(brain.publish(deltas, {}, 0, brain.life), deltas, 0)
+            brain.rebase(deltas)
+        tenant.brain(1).pending.append((next(tenant.examples()), 0.5))
+        tenant.bank.maintain = maintain
+        for _ in tenant.maintain(elsewhere, judge):
+            pass
+        assert set(tenant.brains) == {0}
+        (brain,) = tenant.brains.values()
+        waiting = len(brain.pending)
+        brain.pending.clear()  # or it would be learned from in idle time
+        return waiting, brain.number, brain.adapter()
+
+    before = rig.number()
+    waiting, number, adapter = rig.on(run)
+    assert waiting == 1, "what waited for the one waits for the other"
+    assert number == before + (2 if passes else 1)
+    assert adapter is not None
+    for site, delta in adapter.sites.items():
+        first, second = (one[site].scale * (one[site].b @ one[site].a) for one in both)
+        expected = 0.75 * first + 0.25 * second if passes else first
+        np.testing.assert_allclose(delta.scale * (delta.b @ delta.a), expected, atol=1e-7)
+    assert [one.action for one in rig.audit()][-2:] == ["publish" if passes else "reject", "merge"]

@@ -333,7 +333,7 @@ class SonaLoop:
         if waiting and learn not in self._failed and not self._schedule.has(learn):
             self._schedule.add(learn, self.study.learn(tenant), 1, lambda _: self._failed.add(learn))
         if tenant.bank.due and maintain not in self._failed and not self._schedule.has(maintain):
-            work = tenant.maintain(self.study.elsewhere)
+            work = tenant.maintain(self.study.elsewhere, self.study.judge)
             self._schedule.add(maintain, work, 2, lambda _: self._failed.add(maintain))
 
     def _drop_jobs(self, tenant: Tenant) -> None:

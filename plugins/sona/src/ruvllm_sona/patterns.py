@@ -109,12 +109,14 @@ class Change:
     Attributes:
         kind: ``split``: `pattern` is new and starts with the adapter of `other`. ``merge``: `other` is gone, and its
             adapter is to be merged into that of `pattern`.
+        share: of a merge, how much of the feedback on both was that on `other`.
     """
 
     kind: Literal["split", "merge"]
     pattern: int
     other: int
     reason: str
+    share: float = 0.0
 
 
 class PatternBank:
@@ -283,7 +285,8 @@ class PatternBank:
                     large.baseline += (small.baseline - large.baseline) * small.count / max(total, 1)
                     large.count, self._merged[small.id] = total, large.id
                     del self.patterns[small.id]
-                    changes.append(Change("merge", large.id, small.id, f"their prompts are alike: cosine {cosine:.2f}"))
+                    alike, share = f"their prompts are alike: cosine {cosine:.2f}", small.count / max(total, 1)
+                    changes.append(Change("merge", large.id, small.id, alike, share))
         return changes
 
     def state(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

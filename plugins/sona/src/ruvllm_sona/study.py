@@ -16,7 +16,7 @@ from ruvllm_sona.anchors import anchor_tokens
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.checkpoint import load_progress, save_progress
 from ruvllm_sona.frames import Record
-from ruvllm_sona.gate import Gate, GateConfig, Verdict
+from ruvllm_sona.gate import RESCUE, Gate, GateConfig, Verdict
 from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
@@ -90,7 +90,7 @@ class Study:
         if last is None or last.deltas is None:
             tenant.audit.append("reject", actor="deep", note="held-out answers were told apart no better than before")
             return
-        verdict = yield from self._judge(last.deltas, (1.0, 0.5, 0.25))
+        verdict = yield from self.judge(last.deltas)
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, "deep", {"margin": last.best})
             brain.rebase(verdict.deltas)
@@ -194,6 +194,10 @@ class Study:
         tenant.audit.append(
             "refuse", actor="background", before=number, after=number, request_id=example.request_id, note=reason
         )
+
+    def judge(self, candidate: Deltas) -> Work[Verdict]:
+        """The gate's verdict on what was not learned step by step; the largest part of it that passes."""
+        return (yield from self._judge(candidate, RESCUE))
 
     def _judge(self, candidate: Deltas, scales: Sequence[float]) -> Work[Verdict]:
         _, measure = yield from self._network()

@@ -22,18 +22,24 @@ from ruvllm_sona.chain import Entry
 from ruvllm_sona.drafting import ANSWERS, HEAD
 from ruvllm_sona.files import FolderLock, load_tensors, save_tensors, write_atomic
 from ruvllm_sona.frames import Record, feedback
+from ruvllm_sona.gate import Verdict
 from ruvllm_sona.ledger import Ledger, Limits
 from ruvllm_sona.log import Log
+from ruvllm_sona.merge import merge_all
 from ruvllm_sona.patterns import SHARED, BankConfig, PatternBank
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
+from ruvllm_sona.sites import Deltas
 
 if TYPE_CHECKING:
     from ruvllm_core.model.spec import ModelSpec
     from ruvllm_sona.pooled import Pooler
 
 #: Has work done on a thread that may wait for the disk; yields until it is done, and returns what it returned.
-Elsewhere = Callable[[Callable[[], int]], Generator[object, None, int]]
+Elsewhere = Callable[[Callable[[], Any]], Generator[object, None, Any]]
+#: The gate, for what may be published; yields between slices.
+Judge = Callable[[Deltas], Generator[object, None, Verdict]]
+_MERGED_RANK = 4  # of what two patterns have learned: of rank 1 both, it is exact
 DEEP = "deep.safetensors"  # of a user's folder, where deep training is
 _log = get_logger("sona")
 
@@ -171,10 +177,10 @@ class Tenant:
         self.save()
         self.audit.append("rollback", actor="user", before=str(before), after=str(number))
 
-    def maintain(self, elsewhere: Elsewhere) -> Generator[object, None, None]:
+    def maintain(self, elsewhere: Elsewhere, judge: Judge) -> Generator[object, None, None]:
         """Let the bank find out whether prompts of a kind need an adapter of their own; yields between slices.
 
-        `elsewhere` has work done by a thread that may wait for the disk.
+        `elsewhere` has work done by a thread that may wait for the disk; `judge` is the gate.
         """
         bank = self.bank
         for change in (yield from bank.maintain()):
@@ -194,8 +200,37 @@ class Tenant:
                 brain.pending.extend([*other.hand, *other.pending])
                 other.life = object()
                 del self.brains[change.other]
+                if other.number:
+                    yield from self._merge(brain, other, change.share, elsewhere, judge)
             self.audit.append(change.kind, actor="background", note=change.reason)
             _log.info("patterns changed", user=self.name, what=change.kind, reason=change.reason)
+
+    def _merge(
+        self, brain: Brain, other: Brain, share: float, elsewhere: Elsewhere, judge: Judge
+    ) -> Generator[object, None, None]:
+        """Publish for `brain` what both have learned, each for its share of the feedback, if that passes the gate."""
+        life, before = brain.life, brain.number
+        both = [one.versions.load(one.number) for one in (brain, other)]
+        merged = yield from elsewhere(partial(merge_all, both, (1.0 - share, share), _MERGED_RANK))
+        verdict = yield from judge({site: one.delta for site, one in merged.items()})
+        if brain.life is not life:
+            return
+        if verdict.passed and verdict.deltas is not None:
+            found = {"merged": other.number, "share": share}
+            number = yield from elsewhere(partial(brain.publish, verdict.deltas, found, brain.covers, life))
+            if brain.life is not life:
+                return
+            brain.put_back()
+            brain.adopt(number, verdict.deltas, brain.covers)
+            brain.rebase(verdict.deltas)
+            brain.life = object()
+        self.audit.append(
+            "publish" if verdict.passed else "reject",
+            actor="background",
+            before=str(before),
+            after=str(brain.number),
+            note="; ".join(verdict.reasons) or f"merged with pattern {other.name.rpartition('.')[2]}",
+        )
 
     def save(self) -> None:
         """Put bank and learners where they last. What is lost without it is only work: the log has all feedback."""
