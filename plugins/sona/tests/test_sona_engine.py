@@ -111,11 +111,14 @@ def test_a_locked_memory_is_left_alone_and_taken_up_later(rigs, monkeypatch: pyt
     first = rigs()
     done = first.answer()
     first.engine.feedback(done.request_id, 1.0), first.idle()
-    folder, version = first.folder(), first.adapter().version
+    folder, version, learned = first.folder(), first.adapter().version, first.logits()
     first.engine.close()
     lock, second = FolderLock(folder), rigs()
     done = second.answer()
-    assert len(done.token_ids) == 8 and second.adapter() is None
+    assert len(done.token_ids) == 8
+    borrowed = second.adapter()
+    assert borrowed.version == version and second.adapter() is borrowed, "what was published is used, and not changed"
+    np.testing.assert_array_equal(second.logits(), learned)
     with pytest.raises(LearningError, match="is in use"):
         second.engine.feedback(done.request_id, 1.0)
     assert len(second.answer().token_ids) == 8

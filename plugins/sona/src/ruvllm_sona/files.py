@@ -178,13 +178,17 @@ def folder_name(text: str) -> str:
     return f"{readable or 'unnamed'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
+class FolderInUse(LearningError):
+    """Another process, or another part of this one, learns there."""
+
+
 class FolderLock:
     """The right to write into a folder and all below it, until `close` or the end of the process.
 
     Where there is ``flock`` (POSIX) the system drops the lock of a killed process, and children of ``fork`` hold it
     with their parent. Elsewhere the lock is a file that a killed process leaves behind; the error says so, and that it
     has to be deleted by hand. Taking it makes the folder, for its owner alone, and removes what a killed writer left.
-    Raises `LearningError` if another process, or another part of this one, has it.
+    Raises `FolderInUse` if another process, or another part of this one, has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -207,7 +211,7 @@ class FolderLock:
         except BlockingIOError:
             owner = os.read(fd, 32).decode("ascii", "replace")
             os.close(fd)
-            raise LearningError(
+            raise FolderInUse(
                 f"{self.folder} is in use by process {owner or 'unknown'}",
                 hint="one process at a time learns for a user: end the other one, or give this one a data directory",
             ) from None
@@ -218,7 +222,7 @@ class FolderLock:
         try:
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            raise LearningError(
+            raise FolderInUse(
                 f"{self.folder} is in use, or was by a process that was killed",
                 hint=f"this system cannot tell: if nobody learns there any more, delete {self._path}",
             ) from None

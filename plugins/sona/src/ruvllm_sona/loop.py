@@ -16,9 +16,10 @@ from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import Request, Trajectory, new_request_id
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import Adapter, FeedbackResult, FloatArray, LearningContext, LowRank, Proposer
+from ruvllm_sona.borrowed import Borrowed
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.drafting import Drafting
-from ruvllm_sona.files import folder_name
+from ruvllm_sona.files import FolderInUse, folder_name
 from ruvllm_sona.fingerprint import Fingerprint
 from ruvllm_sona.pooled import Pooler
 from ruvllm_sona.records import Example
@@ -73,6 +74,7 @@ class SonaLoop:
         self._fresh = start(final_site(context.spec), self.settings.instant_rank, 0)[FINAL_SITE]
         self._tenants: dict[str, Tenant] = {}
         self._unopened: dict[str, tuple[float, LearningError]] = {}
+        self._borrowed = Borrowed()
         self._failed: set[str] = set()
         self._running: OrderedDict[str, tuple[str, Brain | None, tuple[str, LowRank] | None]] = OrderedDict()
         self._answers: OrderedDict[str, _Answer] = OrderedDict()
@@ -95,6 +97,8 @@ class SonaLoop:
         self._running[request.id] = request.params.user, brain, micro
         while len(self._running) > 2 * self.settings.remember:
             self._running.popitem(last=False)
+        if tenant is None and isinstance(self._unopened.get(request.params.user, (0, None))[1], FolderInUse):
+            return self._borrowed.adapter(self.folder / folder_name(request.params.user))
         return brain.adapter() if brain is not None else None
 
     def observe(self, trajectory: Trajectory) -> None:
@@ -301,14 +305,14 @@ class SonaLoop:
         return self._open(user)
 
     def _find(self, user: str) -> Tenant | None:
-        """A user's memory if there is any; what is wrong with it is said, and answers go on without."""
+        """A user's memory if there is any; what is wrong with it is said, and answers go on."""
         if user not in self._tenants and (self.folder / folder_name(user)).is_dir():
             since, _ = self._unopened.get(user, (-_AGAIN_S, None))
             if time.monotonic() - since >= _AGAIN_S:
                 try:
                     self._open(user)
                 except LearningError as error:
-                    _log.warning("answers do without what was learned", user=user, reason=str(error))
+                    _log.warning("this engine does not learn for a user", user=user, reason=str(error))
         return self._tenants.get(user)
 
     def _open(self, user: str) -> Tenant:
