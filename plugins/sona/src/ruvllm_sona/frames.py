@@ -13,6 +13,7 @@ import sys
 import zlib
 from array import array
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast, get_args
 
@@ -32,7 +33,12 @@ _TOKENS = 2**24
 _MARKER = b"\xff\xfeRV"
 _FRAME = struct.Struct("<4sIIQ")
 _LARGEST = 2**30
-START = pack({}, {"kind": "start", "format": "1"})
+
+
+@cache
+def start_payload() -> bytes:
+    """That of the first frame. Made when asked for: it takes a library that an engine without feedback never needs."""
+    return pack({}, {"kind": "start", "format": "1"})
 
 
 @dataclass(frozen=True, eq=False)

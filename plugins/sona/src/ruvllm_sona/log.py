@@ -15,7 +15,7 @@ from typing import BinaryIO, NoReturn
 
 from ruvllm_core.errors import LearningError
 from ruvllm_sona.files import append_whole, write_atomic
-from ruvllm_sona.frames import START, Record, Span, decode, encode, frame, open_log, read_span, scan
+from ruvllm_sona.frames import Record, Span, decode, encode, frame, open_log, read_span, scan, start_payload
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Log:
         self._closed = False
         self._failure: OSError | None = None
         if not path.exists():
-            write_atomic(path, frame(0, START))
+            write_atomic(path, frame(0, start_payload()))
         with open_log(path) as file:
             self._spans, gaps = scan(file, path)
             self.damage = tuple(self._set_aside(file, gaps))
@@ -199,7 +199,7 @@ class Log:
 
     def _replace(self, spans: list[Span]) -> list[Span]:
         """Make the file hold these frames alone, the first of which is the start; where they lie now."""
-        start = frame(spans[0].sequence, START)
+        start = frame(spans[0].sequence, start_payload())
         moved = [Span(spans[0].sequence, 0, len(start))]
         for span in spans[1:]:
             moved.append(Span(span.sequence, moved[-1].stop, moved[-1].stop + span.stop - span.start))

@@ -14,7 +14,6 @@ from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import LearningContext
 from ruvllm_sona.anchors import anchor_tokens
 from ruvllm_sona.brain import Brain
-from ruvllm_sona.checkpoint import load_progress, save_progress
 from ruvllm_sona.frames import Record
 from ruvllm_sona.gate import RESCUE, Gate, GateConfig, Verdict
 from ruvllm_sona.patterns import SHARED
@@ -70,6 +69,7 @@ class Study:
 
     def _deep(self, tenant: Tenant, brain: Brain) -> Work[None]:
         network, _ = yield from self._network()
+        from ruvllm_sona.checkpoint import load_progress, save_progress
         from ruvllm_sona.deep import DeepConfig, deep
 
         path, examples = tenant.folder / DEEP, []
