@@ -166,9 +166,13 @@ def idle(learning: Engine, plain: Engine, rounds: int, tokens: int) -> Row:
     """Decoding speed of an engine that could learn and was told nothing by this user, against one that cannot."""
     params = GenerateParams(max_tokens=tokens, temperature=0.7, seed=1, ignore_eos=True, user="somebody else")
     ratios, same = [], True
-    for _ in range(rounds):
+    for n in range(2 * rounds):  # in turns: who comes second finds other caches
         settle(learning)
-        one, other = (made.generate("Tell me a story.", params) for made in (learning, plain))
+        done = {
+            made is learning: made.generate("Tell me a story.", params)
+            for made in ((learning, plain) if n % 2 else (plain, learning))
+        }
+        one, other = done[True], done[False]
         same = same and one.token_ids == other.token_ids
         ratios.append(one.timings.decode_tok_s / other.timings.decode_tok_s)
     ratio = median(ratios)
