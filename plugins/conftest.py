@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,6 @@ from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
 #: Both sides compute in float32 but add up in another order.
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_learned_yet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What somebody has taught the models of this machine must not change what tests see, nor the other way round."""
-    field = Settings.model_fields["cache_dir"]
-    usual = field.default
-    if not request.module.__name__.endswith(("test_docs", "test_settings")):  # which are about the default
-        field.default = tmp_path_factory.mktemp("cache")
-        Settings.model_rebuild(force=True)
-    yield
-    if field.default != usual:
-        field.default = usual
-        Settings.model_rebuild(force=True)
 
 
 SIZES = {

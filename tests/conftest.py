@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this file
 
 import realdata
-
-from ruvllm_core.settings import Settings
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_learned_yet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What somebody has taught the models of this machine must not change what tests see, nor the other way round."""
-    field = Settings.model_fields["cache_dir"]
-    usual = field.default
-    if not request.module.__name__.endswith(("test_docs", "test_settings")):  # which are about the default
-        field.default = tmp_path_factory.mktemp("cache")
-        Settings.model_rebuild(force=True)
-    yield
-    if field.default != usual:
-        field.default = usual
-        Settings.model_rebuild(force=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -312,6 +313,25 @@ def test_adapters_of_a_loop_change_the_answer(engine: Engine, loop: RecordingLoo
     assert loop.seen[-1].adapter_version == "v2"
     loop.given = None
     assert engine.generate(QUESTION, GREEDY).token_ids == base.token_ids
+
+
+def test_a_loop_that_cannot_close_keeps_nothing_from_being_freed(engine: Engine, capsys: Any) -> None:
+    def refuse() -> None:
+        raise OSError("no space left")
+
+    freed: list[str] = []
+    parts = engine._parts
+    fakes = {name: SimpleNamespace(close=lambda name=name: freed.append(name)) for name in ("backend", "decoder")}
+    own = SimpleNamespace(submit=print, cancel=print, busy=False, **vars(fakes["backend"]))
+    loop = SimpleNamespace(close=refuse, tick=lambda budget_s: False)
+    model = SimpleNamespace(spec=engine.spec, close=lambda: freed.append("model"))
+    made = Engine(
+        replace(parts, loops=(loop,), backend=own, decoder=fakes["decoder"], model=model),  # type: ignore[arg-type]
+        Settings(),
+    )
+    made.close()
+    assert freed == ["backend", "decoder", "model"]
+    assert "no space left" in capsys.readouterr().err
 
 
 def test_score_is_the_log_softmax(engine: Engine) -> None:

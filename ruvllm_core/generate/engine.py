@@ -173,8 +173,11 @@ class Engine:
     def close(self) -> None:
         """Cancel what is running and free everything. May be called again."""
         if self._worker.close():
-            for loop in self._parts.loops:
-                loop.close()
+            for name, loop in zip(self.info.learning, self._parts.loops, strict=True):
+                try:
+                    loop.close()
+                except Exception as error:  # a full disk, say: the rest must be freed all the same
+                    _log.error("a learning loop's close failed", loop=name, error=f"{type(error).__name__}: {error}")
             self._parts.backend.close()
             if self._parts.speculator is not None:
                 self._parts.speculator.close()

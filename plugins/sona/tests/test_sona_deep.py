@@ -17,16 +17,26 @@ from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
 from ruvllm_sona.distill import DistillConfig, DistillProgress, distill
 from ruvllm_sona.drawing import draw_answer
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.measure import NetworkMeasure
 from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
-from ruvllm_sona.score import answer_logprobs, compare_texts
+from ruvllm_sona.score import answer_logprobs
 from ruvllm_sona.sites import linear_sites
 
 SPEC = tiny.tiny_spec()
 WEIGHTS = tiny.tiny_weights(SPEC)
 SHAPES = linear_sites(SPEC)
 CONFIG = DeepConfig(LearnerConfig(2, 3e-3, ObjectiveConfig(0.1, 0.1)), epochs=3, batch=2, held_out=0.25)
+
+
+def returned(work):
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 def network() -> Network:
@@ -90,10 +100,12 @@ def test_scores_are_those_of_the_decoder() -> None:
     at = np.arange(len(text) - 1)
     found = deque(answer_logprobs(network(), adapter.sites, text[:9], text[9:]), maxlen=1)[0]
     np.testing.assert_allclose(found, adapted[at, text[1:]][8:], atol=2e-4)
-    ((a, b, kl),) = deque(compare_texts(network(), adapter.sites, [text]), maxlen=1)[0]
-    np.testing.assert_allclose(a, adapted[at, text[1:]], atol=2e-4)
-    np.testing.assert_allclose(b, base[at, text[1:]], atol=2e-4)
-    np.testing.assert_allclose(kl, (np.exp(adapted) * (adapted - base)).sum(-1)[:-1], rtol=1e-3, atol=1e-5)
+    measure = NetworkMeasure(network())
+    for one, wanted in ((adapter.sites, adapted), (None, base)):
+        (seen,) = returned(measure(one, [text]))
+        np.testing.assert_allclose(seen.logprobs, wanted[at, text[1:]], atol=2e-4)
+        far = (np.exp(wanted) * (wanted - base)).sum(-1)[:-1]
+        np.testing.assert_allclose(seen.kl, far, rtol=1e-3, atol=1e-5)
 
 
 def test_a_student_comes_to_say_what_its_teacher_says() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ruvllm_core.decode.reference import rope as rotated
 from ruvllm_core.decode.rope import rope_tables
 from ruvllm_core.machine import available_memory
 from ruvllm_core.model.quant import QuantTensor
@@ -110,7 +111,7 @@ class Network:
             adapters.add(prefix + site, normed, part).unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)  # type: ignore[no-untyped-call]
             for site, part in zip(_FUSED["attn.qkv"], parts, strict=True)
         )
-        query, key = (turn(one, *rope, interleaved=spec.rope_interleaved) for one in (query, key))
+        query, key = (rotated(one, *rope, spec.rope_interleaved) for one in (query, key))
         mixed = (attend or self.causal)(n, query, key, value).transpose(1, 2).flatten(2)
         x = x + adapters.add(prefix + "attn.o", mixed, self._linear(layer["attn.o"], mixed))
         normed = self._norm(x, layer["mlp_norm"])
@@ -140,7 +141,7 @@ class Network:
         return self.norm(x, adapters)
 
     def rope(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions 0 … `length` - 1, or ``[G, T]`` of them; ``[…, 1, T, rope_dim / 2]``."""
+        """cos and sin for positions 0 … `length` - 1, or ``[G, T]`` of them; ``[1 or G, T, rope_dim / 2]``."""
         variant = self.spec.rope_variant(length)
         if variant not in self._rope or len(self._rope[variant][0]) < length:
             room = min(max(256, 2 * length), max(self.spec.max_context, length))
@@ -148,8 +149,8 @@ class Network:
             self._rope[variant] = cos, sin
         cos, sin = self._rope[variant]
         if positions is None:
-            return cos[None, None, :length], sin[None, None, :length]
-        return cos[positions][:, None], sin[positions][:, None]
+            return cos[None, :length], sin[None, :length]
+        return cos[positions], sin[positions]
 
     def causal(self, n: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention within each row, ``[G, H, T, D]``; padding on the right is seen by nobody before it."""
@@ -187,19 +188,6 @@ class Network:
 
     def _vector(self, name: str) -> Tensor:
         return torch.from_numpy(self._weights[name].dequantize().copy()).to(self.device)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864) of ``[G, heads, T, D]``."""
-    width = 2 * cos.shape[-1]
-    rotated, rest = x[..., :width], x[..., width:]
-    if interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-    else:
-        first, second = rotated.chunk(2, -1)
-    halves = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(halves, -1).flatten(-2) if interleaved else torch.cat(halves, -1)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 def padded(texts: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> Tensor:

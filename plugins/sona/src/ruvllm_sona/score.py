@@ -27,33 +27,6 @@ def answer_logprobs(
     yield found.float().cpu().numpy()
 
 
-def compare_texts(
-    network: Network, deltas: Deltas | None, texts: Sequence[Sequence[int]]
-) -> Iterator[list[tuple[FloatArray, FloatArray, FloatArray]] | None]:
-    """Of each text: log-probabilities of all tokens but the first, those under the base model, and KL(adapted ‖ base).
-
-    Nats, float32 ``[n - 1]`` each. Yields None between slices, and all of it at last.
-    """
-    tokens = padded(texts, network.device)
-    hidden = []
-    for one in (deltas, None):
-        way = Pass(network, stack_of(network, one), tokens=tokens, keep=False)
-        for _ in way.forward():
-            yield None
-        hidden.append(way.x)
-    found = []
-    for row, text in enumerate(texts):
-        targets = tokens[row, 1 : len(text), None]
-        with torch.no_grad():
-            adapted, base = (torch.log_softmax(network.logits(x[row, : len(text) - 1]), -1) for x in hidden)
-            kl = (adapted.exp() * (adapted - base)).sum(-1)
-        parts = adapted.gather(1, targets)[:, 0], base.gather(1, targets)[:, 0], kl
-        a, b, c = (part.float().cpu().numpy() for part in parts)
-        found.append((a, b, c))
-        yield None
-    yield found
-
-
 def stack_of(network: Network, deltas: Deltas | None) -> AdapterStack:
     """The deltas as one adapter for all rows; none changes nothing."""
     return AdapterStack.of([deltas], network.device) if deltas else AdapterStack({}, {})
