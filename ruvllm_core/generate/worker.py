@@ -118,8 +118,8 @@ class Worker:
                 saved = min(saved + (time.perf_counter() - began) * _BUSY_SHARE, _BUSY_BUDGET_S)
                 if saved == _BUSY_BUDGET_S:
                     began = time.perf_counter()
-                    self._learn(_BUSY_BUDGET_S)
-                    saved -= time.perf_counter() - began
+                    more = self._learn(_BUSY_BUDGET_S)
+                    saved = saved - (time.perf_counter() - began) if more else 0.0
 
     def _waiting(self) -> list[Callable[[], None] | None]:
         """Commands that have come in; with nothing else to do, waits for one."""
