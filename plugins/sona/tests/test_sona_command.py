@@ -224,6 +224,11 @@ def test_where_nothing_was_learned(sona: Call, tiny: Path, tmp_path: Path, comma
     assert not (tmp_path / "cache" / "learning").exists()
 
 
+def test_drafts_alone_are_no_feedback(sona: Call, place: Place) -> None:
+    (place.folder / "log.bin").rename(place.folder / "draft.safetensors")
+    sona("status", place.name, "--user", "ann").failed(1, "nothing was ever learned", "ann")
+
+
 def test_history_is_the_audit_log(sona: Call, place: Place) -> None:
     who = (place.name, "--user", "ann")
     entries = sona("history", *who, "--json").json

@@ -11,7 +11,7 @@ from ruvllm_core.generate.request import GenerateParams, Trajectory
 from ruvllm_core.protocols import LearningContext
 from ruvllm_core.testing import tiny
 from ruvllm_sona.drafting import ANSWERS, HEAD
-from ruvllm_sona.files import folder_name
+from ruvllm_sona.files import LOG, folder_name
 from ruvllm_sona.loop import SonaLoop
 
 SPEC = tiny.tiny_spec()
@@ -55,7 +55,10 @@ def test_drafts_are_learned_and_kept_and_forgotten(tmp_path) -> None:
     own.close()
     assert (folder / ANSWERS).exists()
 
+    assert not (folder / LOG).exists(), "no feedback was given"
     again = loop(tmp_path)
+    assert again.adapter(tiny.tiny_request((1, 2, 3), user="ann")) is None
+    assert not (folder / LOG).exists(), "and asking makes no memory of it"
     drafts = again.proposer()
     assert drafts is not None
     asked = tiny.tiny_request((1, 2, 3), user="ann")

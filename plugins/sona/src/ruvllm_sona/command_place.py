@@ -13,6 +13,7 @@ import click
 
 from ruvllm_core.cli.app import App
 from ruvllm_core.errors import LearningError
+from ruvllm_sona.files import LOG
 
 if TYPE_CHECKING:
     from ruvllm_core.model.loader import ModelFile
@@ -124,7 +125,7 @@ def open_place(app: App, model: str | None, user: str, *, new: bool = False) -> 
     folder = state_dir / folder_name(Fingerprint.of(file.spec, file.weights).text()) / folder_name(user)
     assert isinstance(own, SonaSettings)
     place = Place(file, settings.model, user, state_dir, folder, own, registry)
-    if not new and not folder.is_dir():
+    if not new and not (folder / LOG).is_file():  # drafts are learned without any feedback
         raise LearningError(
             f"nothing was ever learned for {place.whose}",
             hint=f"`ruvllm chat {settings.model} --learn` does, from /good and /bad; its memory would be {folder}",

@@ -16,6 +16,7 @@ from ruvllm_core.cli.app import App, pass_app
 from ruvllm_core.cli.output import print_json, print_table
 from ruvllm_core.errors import LearningError
 from ruvllm_sona.command_place import Place, as_json_option, open_place, place_options
+from ruvllm_sona.files import LOG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,7 +124,7 @@ def examples(place: Place) -> list[Example]:
 
     from ruvllm_sona.log import read_log
 
-    records = read_log(place.folder / "log.bin")
+    records = read_log(place.folder / LOG)
     return [replace(one.example, sequence=one.sequence) for one in records if one.example is not None]
 
 

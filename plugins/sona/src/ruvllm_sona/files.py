@@ -27,6 +27,8 @@ except ImportError:  # Windows
 #: Tensors by name.
 Tensors = Mapping[str, npt.NDArray[Any]]
 
+#: Of a user's folder; where it is missing, no feedback was ever given.
+LOG = "log.bin"
 _PART = ".part"
 _WRITER = "ruvllm-sona 1"
 _DTYPES = frozenset(

@@ -19,7 +19,7 @@ from ruvllm_core.protocols import Adapter, FeedbackResult, FloatArray, LearningC
 from ruvllm_sona.borrowed import Borrowed
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.drafting import Drafting
-from ruvllm_sona.files import FolderInUse, folder_name
+from ruvllm_sona.files import LOG, FolderInUse, folder_name
 from ruvllm_sona.fingerprint import Fingerprint
 from ruvllm_sona.pooled import Pooler
 from ruvllm_sona.records import Example
@@ -306,7 +306,7 @@ class SonaLoop:
 
     def _find(self, user: str) -> Tenant | None:
         """A user's memory if there is any; what is wrong with it is said, and answers go on."""
-        if user not in self._tenants and (self.folder / folder_name(user)).is_dir():
+        if user not in self._tenants and (self.folder / folder_name(user) / LOG).is_file():
             since, _ = self._unopened.get(user, (-_AGAIN_S, None))
             if time.monotonic() - since >= _AGAIN_S:
                 try:

@@ -20,7 +20,7 @@ from ruvllm_sona.audit import Audit, read_audit
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.chain import Entry
 from ruvllm_sona.drafting import ANSWERS, HEAD
-from ruvllm_sona.files import FolderLock, load_tensors, save_tensors, write_atomic
+from ruvllm_sona.files import LOG, FolderLock, load_tensors, save_tensors, write_atomic
 from ruvllm_sona.frames import Record, feedback
 from ruvllm_sona.gate import Verdict
 from ruvllm_sona.ledger import Ledger, Limits
@@ -65,7 +65,7 @@ class Tenant:
         self._spec, self._settings, self._pooler = spec, settings, pooler
         self._lock = FolderLock(folder)
         try:
-            self.log = Log(folder / "log.bin")
+            self.log = Log(folder / LOG)
             self.audit = Audit(folder / "audit.jsonl")
             own = settings
             limits = Limits(own.nats_per_hour, own.nats_per_day, own.feedback_per_minute, own.burst)
