@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--deep-workers", type=int, default=1, help="processes of deep training, side by side")
     learner = parser.add_argument_group("whole-network learning", "what is left out is as the plugin has it")
     learner.add_argument("--rank", type=int)
+    learner.add_argument("--average", type=int)
     for name in _FLOATS:
         learner.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell, kind by kind")
@@ -74,7 +75,9 @@ def main() -> None:
         at_once=args.at_once,
         train_at_once=args.train_at_once,
         deep_workers=args.deep_workers,
-        learner={name: getattr(args, name) for name in ("rank", *_FLOATS) if getattr(args, name) is not None},
+        learner={
+            name: getattr(args, name) for name in ("rank", "average", *_FLOATS) if getattr(args, name) is not None
+        },
     )
     began = time.perf_counter()
 

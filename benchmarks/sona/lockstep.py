@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.learner import LearnerConfig, follow
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients
@@ -31,7 +31,7 @@ class Fleet:
         at_once: most cells in one backward pass.
 
     Attributes:
-        stack: the adapters; `begun` is what they started as.
+        stack: the adapters that answer, which are means of those that learn; `begun` is what they started as.
         log: what each cell was told, round by round.
     """
 
@@ -41,13 +41,13 @@ class Fleet:
     ) -> None:  # fmt: skip
         self.subject, self.cells, self.config, self._at_once = subject, list(cells), config, at_once
         device = subject.network.device
-        self.stack = AdapterStack.of([start(shapes, config.rank, cell.seed) for cell in cells], device).trainable()
-        self.begun = copied(self.stack)
+        self._learning = AdapterStack.of([start(shapes, config.rank, cell.seed) for cell in cells], device).trainable()
+        self.stack, self.begun = copied(self._learning), copied(self._learning)
         self._prompts = [[subject.chat(one.text) for one in cell.feedback_prompts(feedback)] for cell in cells]
         self._luck = [uniforms(feedback, max_tokens, FEEDBACK_LUCK, cell.seed) for cell in cells]
         room = max(len(prompt) for own in self._prompts for prompt in own) + max_tokens
         self._sampler = Sampler(subject, len(cells), room, self.stack, TEMPERATURE, max_tokens)
-        self._adam = torch.optim.Adam(self.stack.parameters(), lr=config.learning_rate, foreach=True)
+        self._adam = torch.optim.Adam(self._learning.parameters(), lr=config.learning_rate, foreach=True)
         self._baseline = Baseline(len(cells))
         self._scores: list[list[int]] = []
         self.log: list[list[Example]] = []
@@ -74,15 +74,16 @@ class Fleet:
         self._adam.zero_grad()
         for first in range(0, len(examples), self._at_once):
             part = slice(first, first + self._at_once)
-            sites = {name: (a[part], b[part]) for name, (a, b) in self.stack.sites.items()}
-            rows = AdapterStack(sites, self.stack.scales)
+            sites = {name: (a[part], b[part]) for name, (a, b) in self._learning.sites.items()}
+            rows = AdapterStack(sites, self._learning.scales)
             work = gradients(self.subject.network, rows, examples[part], advantages[part], self.config.objective)
             for _ in work:
                 pass
-        norms = torch._foreach_norm([factor.grad for factor in self.stack.parameters() if factor.grad is not None])
+        norms = torch._foreach_norm([factor.grad for factor in self._learning.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")
         self._adam.step()
+        follow(self.stack, self._learning, len(self.log), self.config.average)
 
 
 def copied(stack: AdapterStack) -> AdapterStack:

@@ -80,7 +80,8 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
         subject, windows(subject, other_text(plan.text), plan.windows, plan.window), plan.chats, plan.max_tokens
     )
     own, shapes = plan.settings(), linear_sites(subject.network.spec)
-    config = LearnerConfig(own.rank, own.learning_rate, ObjectiveConfig(own.leash, own.saturation, own.budget))
+    objective = ObjectiveConfig(own.leash, own.saturation, own.budget)
+    config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
     free = replace(config, objective=replace(config.objective, leash=0.0))
     for arms, chosen in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
         if cells := plan.cells(*arms):

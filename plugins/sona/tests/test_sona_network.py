@@ -153,7 +153,7 @@ def test_feedback_moves_the_answer_its_way() -> None:
 
 
 def test_a_learner_comes_back_to_the_bit() -> None:
-    made, config = network(), LearnerConfig(rank=1)
+    made, config = network(), LearnerConfig(rank=1, average=4)
     learner = Learner(linear_sites(SPEC), config)
     last(learner.step(made, EXAMPLES, [1.0, -0.5]))
     kept = learner.state()
@@ -165,6 +165,29 @@ def test_a_learner_comes_back_to_the_bit() -> None:
     for name, delta in other.deltas().items():
         np.testing.assert_array_equal(delta.a, expected[name].a)
         np.testing.assert_array_equal(delta.b, expected[name].b)
+
+
+def test_what_was_learned_is_the_mean_of_the_last_steps() -> None:
+    made, horizon = network(), 3
+    every = Learner(linear_sites(SPEC), LearnerConfig())
+    mean = Learner(linear_sites(SPEC), LearnerConfig(average=horizon))
+    iterates, found = [], []
+    for _ in range(5):
+        for learner, kept in ((every, iterates), (mean, found)):
+            last(learner.step(made, EXAMPLES, [1.0, -0.5]))
+            kept.append({name: (one.a.astype(np.float64), one.b) for name, one in learner.deltas().items()})
+    back = mean.snapshot()
+    last(mean.step(made, EXAMPLES, [0.3, 1.0]))
+    assert any(np.any(delta.a != found[-1][name][0]) for name, delta in mean.deltas().items())
+    back()
+    for name, delta in mean.deltas().items():
+        np.testing.assert_array_equal(delta.a, found[-1][name][0])
+        for n in (0, 1):
+            expected = np.mean([one[name][n] for one in iterates[:horizon]], 0)
+            np.testing.assert_allclose(found[horizon - 1][name][n], expected, rtol=1e-5, atol=1e-8)
+            for one in iterates[horizon:]:
+                expected = expected + (one[name][n] - expected) / horizon
+            np.testing.assert_allclose(found[-1][name][n], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_fisher_is_that_of_a_dense_gradient() -> None:

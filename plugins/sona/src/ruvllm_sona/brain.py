@@ -87,7 +87,7 @@ class Brain:
 
             own = self._settings
             objective = ObjectiveConfig(own.leash, own.saturation, own.budget)
-            config = LearnerConfig(own.rank, own.learning_rate, objective)
+            config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
             self._learner = Learner(linear_sites(self._spec), config, below=self._below or None)
             if self._saved is not None:
                 self._learner.restore(self._saved)

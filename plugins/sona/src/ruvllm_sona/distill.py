@@ -8,7 +8,7 @@ same model with other adapters, whose effect so comes to be in one; or a larger 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -91,4 +91,4 @@ def distill(
 
 
 def _only_leash(config: LearnerConfig) -> LearnerConfig:
-    return LearnerConfig(config.rank, config.learning_rate, ObjectiveConfig(leash=1.0, saturation=0.0), config.seed)
+    return replace(config, objective=ObjectiveConfig(leash=1.0, saturation=0.0))

@@ -27,12 +27,15 @@ class LearnerConfig:
         learning_rate: of Adam (arXiv 1412.6980), which makes the size of a step its own and not the answer's.
         objective: what it descends on.
         seed: of where A starts.
+        average: steps whose mean is what has been learned (Polyak and Juditsky 1992), as an exponential average; 1 is
+            the last step. A verdict is one noisy bit, and its noise is in every step of that size: the mean has less.
     """
 
     rank: int = 1
     learning_rate: float = 1e-3
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0
+    average: int = 1
 
 
 class Learner:
@@ -59,13 +62,14 @@ class Learner:
     def _begin(self, deltas: Deltas) -> None:
         self._stack = AdapterStack.of([deltas], self._device).trainable()
         self._stack.below = self._below
+        self._mean = AdapterStack.of([deltas], self._device)
         self._adam = torch.optim.Adam(self._stack.parameters(), lr=self._config.learning_rate, foreach=True)
         self.steps = 0
         self.predicted = 0.0
 
     def deltas(self) -> dict[str, LowRank]:
         """A copy of what has been learned, without what lies below."""
-        return self._stack.deltas()
+        return self._mean.deltas()
 
     def step(
         self,
@@ -100,18 +104,21 @@ class Learner:
         )
         self._adam.zero_grad()
         self.steps += 1
+        follow(self._mean, self._stack, self.steps, self._config.average)
         yield outcome
 
     def snapshot(self) -> Callable[[], None]:
         """Copies what a step changes; the function returned takes back all steps since, to the last bit."""
         adam, factors, steps = self._adam, self._stack.parameters(), self.steps
-        values = [factor.detach().clone() for factor in factors]
+        everything = [*factors, *self._mean.parameters()]
+        values = [factor.detach().clone() for factor in everything]
         moments = [{name: one.clone() for name, one in adam.state.get(factor, {}).items()} for factor in factors]
 
         def revert() -> None:
             self._adam, self.steps = adam, steps
-            for factor, value, moment in zip(factors, values, moments, strict=True):
+            for factor, value in zip(everything, values, strict=True):
                 factor.detach().copy_(value)
+            for factor, moment in zip(factors, moments, strict=True):
                 adam.state.pop(factor, None)
                 if moment:
                     adam.state[factor] = moment
@@ -127,8 +134,9 @@ class Learner:
         """Factors and Adam's moments by name, copied; `restore` takes them."""
         found = {"steps": np.array([self.steps], np.float32)}
         for name, both in self._stack.sites.items():
-            for letter, factor in zip("ab", both, strict=True):
+            for letter, factor, mean in zip("ab", both, self._mean.sites[name], strict=True):
                 found[f"{name}.{letter}"] = factor.detach().cpu().numpy().copy()
+                found[f"{name}.{letter}.mean"] = mean.cpu().numpy().copy()
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if (kept := self._adam.state.get(factor)) is not None:
                         found[f"{name}.{letter}.{moment}"] = kept[moment].cpu().numpy().copy()
@@ -145,7 +153,9 @@ class Learner:
         self._begin(deltas)
         self.steps = int(state["steps"][0])
         for name, both in self._stack.sites.items():
-            for letter, factor in zip("ab", both, strict=True):
+            for letter, factor, mean in zip("ab", both, self._mean.sites[name], strict=True):
+                if (kept := state.get(f"{name}.{letter}.mean")) is not None:
+                    mean.copy_(torch.tensor(kept))
                 if f"{name}.{letter}.exp_avg" in state:
                     self._adam.state[factor] = {
                         "step": torch.tensor(float(self.steps)),
@@ -154,6 +164,15 @@ class Learner:
                             for moment in ("exp_avg", "exp_avg_sq")
                         },
                     }
+
+
+@torch.no_grad()
+def follow(mean: AdapterStack, stack: AdapterStack, steps: int, horizon: int) -> None:
+    """Make `mean` of the first `steps` iterates from that of all but the newest, which `stack` is.
+
+    It is the plain mean until there are `horizon` of them, then an exponential one.
+    """
+    torch._foreach_lerp_(mean.parameters(), stack.parameters(), 1.0 / min(steps, horizon))
 
 
 def warm_up() -> None:

@@ -16,6 +16,7 @@ class SonaSettings(BaseModel):
         instant_rank, instant_rate, trust_nats: of that preview (see `MicroLoRAConfig`).
         background: learn through the whole network in idle time. Without it the preview is all there is.
         rank, learning_rate: of the adapter in every linear layer; one step of Adam for each feedback.
+        average: what is published is the mean of the adapters after so many last steps.
         leash: weight of the divergence from the base model in that step.
         saturation: how soon an answer that has become likelier is left alone, per nat.
         budget: nats that a whole answer may be away from the base model before the leash tightens.
@@ -40,8 +41,9 @@ class SonaSettings(BaseModel):
     trust_nats: float = Field(2.0, gt=0.0)
     background: bool = True
     rank: int = Field(1, ge=1, le=64)
-    learning_rate: float = Field(1e-3, gt=0.0, le=1.0)
-    leash: float = Field(0.03, ge=0.0)
+    learning_rate: float = Field(3e-3, gt=0.0, le=1.0)
+    average: int = Field(40, ge=1)
+    leash: float = Field(0.08, ge=0.0)
     saturation: float = Field(0.1, ge=0.0)
     budget: float = Field(float("inf"), gt=0.0)
     max_answer: int = Field(256, ge=1)

@@ -16,7 +16,8 @@ from ruvllm_sona.network import Network, padded
 from ruvllm_sona.objective import AnswerTokens, ObjectiveConfig, saturated
 from ruvllm_sona.records import Example
 
-_PIECE = 1 << 20  # logits that are looked at in one slice
+#: Logits that are looked at in one slice, which must be short where answers are decoded and need not on other devices.
+_PIECE, _LARGE_PIECE = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,8 @@ def gradients(
     for _ in way.forward():
         yield None
     drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
-    hidden, step = way.x[owner, places], max(_PIECE // network.spec.vocab_size, 1)
+    piece_size = _PIECE if device.type == "cpu" else _LARGE_PIECE
+    hidden, step = way.x[owner, places], max(piece_size // network.spec.vocab_size, 1)
     parts, pieces = [slice(at, at + step) for at in range(0, len(owner), step)], []
     for part in parts:
         pieces.append(AnswerTokens(network, hidden[part], targets[part], owner[part], drawn_at, lengths))
