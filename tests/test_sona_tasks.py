@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from sona import controls, deep_arm, lockstep, report
 from sona.cells import Baseline, Cell, random_direction
 from sona.final import FinalFleet
+from sona.gating import Gatekeeper, finished
 from sona.measures import Elsewhere, HeldOut, Measured
+from sona.optimizer import CellAdam
 from sona.sampling import Sampler, Shared
 from sona.tasks import TASKS, Prompt, on_topic, prompts
 from sona.texts import UNRELATED, other_text
@@ -29,7 +31,9 @@ from ruvllm_core.protocols import LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.deep import DeepConfig, deep
+from ruvllm_sona.gate import Gate, GateConfig
 from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.measure import NetworkMeasure, weight_norms
 from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network
 from ruvllm_sona.patterns import PatternBank
@@ -227,7 +231,7 @@ def test_held_out_answers_do_not_depend_on_how_many_are_drawn_at_once() -> None:
 
 def test_lockstep_learns_what_the_plugin_learns() -> None:
     """Each cell's adapter is what the plugin's own learner makes of the same answers and advantages."""
-    model, config = subject(), LearnerConfig(learning_rate=0.01)
+    model, config = subject(), LearnerConfig(learning_rate=0.01, average=2)
     shapes = linear_sites(SPEC)
     cells = [Cell(controls.LEASHED, "short", 0), Cell(controls.SHUFFLED, "no I", 1), Cell(controls.LEASHED, "no I", 2)]
     fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2)
@@ -237,7 +241,7 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     baseline = Baseline(len(cells))
     advantages = [baseline.advantages([one.quality for one in examples]) for examples in fleet.log]
     for n, cell in enumerate(cells):
-        alone = Learner(shapes, LearnerConfig(learning_rate=0.01, seed=cell.seed))
+        alone = Learner(shapes, replace(config, seed=cell.seed))
         for examples, found in zip(fleet.log, advantages, strict=True):
             for _ in alone.step(model.network, [examples[n]], [found[n]]):
                 pass
@@ -245,6 +249,56 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
         for name, delta in alone.deltas().items():
             np.testing.assert_allclose(got[name].a, delta.a, atol=2e-5)
             np.testing.assert_allclose(got[name].b, delta.b, atol=2e-5)
+
+
+def test_the_gatekeeper_judges_as_the_gate() -> None:
+    """Every figure of many cells at once is that of one candidate after the other; what is refused is taken back."""
+    model, shapes = subject(), linear_sites(SPEC)
+    anchors = [tuple(tiny.TEXTS["b"][:20]), tuple(tiny.TEXTS["c"][:13])]
+    norms = finished(weight_norms(tiny.tiny_weights(SPEC), list(shapes), SPEC.hidden_size))
+    stack, config = adapters(SPEC, 3), GateConfig(max_kl=0.2)
+    for name, (_, b) in stack.sites.items():
+        b[0] *= 1e-3
+        b[2] *= 100.0 if name.endswith("attn.q") else 1.0
+    keeper = Gatekeeper(model.exact, anchors, norms, config)
+    found = keeper.verdicts(stack, [(1.0,), (1.0, 0.5, 0.25), (1.0,)])
+    gate, measure = Gate(anchors, norms, config), NetworkMeasure(model.exact)
+    for n, (verdict, scales) in enumerate(zip(found, [(1.0,), (1.0, 0.5, 0.25), (1.0,)], strict=True)):
+        expected = finished(gate.check(measure, stack.deltas(n), scales=scales))
+        assert (verdict.passed, verdict.scale, verdict.scales) == (expected.passed, expected.scale, expected.scales)
+        if expected.figures.mean_loss is not None:
+            for name in ("mean_loss", "worst_loss", "kl", "relative_norm"):
+                got, wanted = getattr(verdict.figures, name), getattr(expected.figures, name)
+                assert got == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    assert [(one.passed, one.scale < 1.0) for one in found] == [(True, False), (True, True), (False, False)]
+
+
+def test_a_cell_goes_back_or_begins_anew_as_the_plugin_does() -> None:
+    shapes, random = linear_sites(SPEC), torch.Generator().manual_seed(0)
+    learning = AdapterStack.of([start(shapes, 1, n) for n in range(3)]).trainable()
+    mean = lockstep.copied(learning)
+    adam = CellAdam(learning, mean, 0.01, 2)
+    alone = [torch.optim.Adam([torch.nn.Parameter(f[n].detach().clone()) for f in learning.parameters()], lr=0.01)
+             for n in range(3)]  # fmt: skip
+    for turn in range(4):
+        for k, factor in enumerate(learning.parameters()):
+            factor.grad = torch.randn(factor.shape, generator=random)
+            for n, one in enumerate(alone):
+                one.param_groups[0]["params"][k].grad = factor.grad[n].clone()
+        adam.step([1.0, 1.0, 0.5])
+        for n, one in enumerate(alone):
+            one.param_groups[0]["lr"] = 0.01 * (0.5 if n == 2 else 1.0)
+            if (n, turn) != (1, 2):
+                one.step()
+        if turn == 2:
+            adam.take_back([1])
+    for n, one in enumerate(alone):
+        for factor, wanted in zip(learning.parameters(), one.param_groups[0]["params"], strict=True):
+            np.testing.assert_allclose(factor[n].detach(), wanted.detach(), atol=1e-6)
+    before = mean.deltas(0)
+    adam.begin_anew(0, 0.5)
+    for name, delta in learning.deltas(0).items():
+        np.testing.assert_allclose(delta.b @ delta.a, 0.5 * before[name].b @ before[name].a, atol=1e-7)
 
 
 def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:

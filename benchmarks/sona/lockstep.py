@@ -8,12 +8,15 @@ import numpy as np
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.learner import LearnerConfig, follow
+from ruvllm_sona.gate import Backoff
+from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients
 from sona.cells import Baseline, Cell
 from sona.controls import feedback_of
+from sona.gating import Gatekeeper
+from sona.optimizer import CellAdam
 from sona.sampling import Sampler
 from sona.subject import Subject
 from sona.texts import FEEDBACK_LUCK, uniforms
@@ -24,20 +27,24 @@ TEMPERATURE = 0.8
 class Fleet:
     """Whole-network adapters, one a cell, changed by the plugin's own loss and by one step of Adam a feedback.
 
+    What the gate does not let pass is taken back, and after several refusals steps get smaller, as in the plugin.
+
     Args:
         shapes: sites of the adapters, ``(out, in)`` each.
         config: the learner's settings, `ruvllm_sona.learner.LearnerConfig`.
         feedback: how many each cell gets.
         at_once: most cells in one backward pass.
+        keeper: the gate; None lets everything pass.
 
     Attributes:
         stack: the adapters that answer, which are means of those that learn; `begun` is what they started as.
         log: what each cell was told, round by round.
+        refused: steps of each cell that did not pass the gate.
     """
 
     def __init__(
         self, subject: Subject, cells: Sequence[Cell], shapes: dict[str, tuple[int, int]], config: LearnerConfig,
-        feedback: int, max_tokens: int, at_once: int,
+        feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None,
     ) -> None:  # fmt: skip
         self.subject, self.cells, self.config, self._at_once = subject, list(cells), config, at_once
         device = subject.network.device
@@ -47,7 +54,9 @@ class Fleet:
         self._luck = [uniforms(feedback, max_tokens, FEEDBACK_LUCK, cell.seed) for cell in cells]
         room = max(len(prompt) for own in self._prompts for prompt in own) + max_tokens
         self._sampler = Sampler(subject, len(cells), room, self.stack, TEMPERATURE, max_tokens)
-        self._adam = torch.optim.Adam(self._learning.parameters(), lr=config.learning_rate, foreach=True)
+        self._adam = CellAdam(self._learning, self.stack, config.learning_rate, config.average)
+        self._keeper, self._backoffs = keeper, [Backoff() for _ in cells]
+        self.refused = [0] * len(cells)
         self._baseline = Baseline(len(cells))
         self._scores: list[list[int]] = []
         self.log: list[list[Example]] = []
@@ -71,7 +80,6 @@ class Fleet:
 
     def _learn(self, examples: Sequence[Example]) -> None:
         advantages = self._baseline.advantages([one.quality for one in examples])
-        self._adam.zero_grad()
         for first in range(0, len(examples), self._at_once):
             part = slice(first, first + self._at_once)
             sites = {name: (a[part], b[part]) for name, (a, b) in self._learning.sites.items()}
@@ -82,8 +90,16 @@ class Fleet:
         norms = torch._foreach_norm([factor.grad for factor in self._learning.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")
-        self._adam.step()
-        follow(self.stack, self._learning, len(self.log), self.config.average)
+        self._adam.step([one.step for one in self._backoffs])
+        if self._keeper is None:
+            return
+        verdicts = self._keeper.verdicts(self.stack, [one.scales for one in self._backoffs])
+        self._adam.take_back([n for n, verdict in enumerate(verdicts) if not verdict.passed])
+        for n, (verdict, backoff) in enumerate(zip(verdicts, self._backoffs, strict=True)):
+            backoff.note(verdict)
+            self.refused[n] += not verdict.passed
+            if verdict.passed and verdict.scale != 1.0:
+                self._adam.begin_anew(n, verdict.scale)
 
 
 def copied(stack: AdapterStack) -> AdapterStack:

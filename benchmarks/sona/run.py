@@ -11,7 +11,9 @@ import torch
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.anchors import anchor_tokens
+from ruvllm_sona.gate import GateConfig
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.measure import weight_norms
 from ruvllm_sona.micro_config import MicroLoRAConfig
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
@@ -21,6 +23,7 @@ from sona import asking, controls
 from sona.cells import Cell, random_direction
 from sona.deep_arm import stored, train
 from sona.final import FinalFleet
+from sona.gating import Gatekeeper, finished
 from sona.lockstep import Fleet, copied
 from sona.measures import Elsewhere, HeldOut, Measured, held_out_luck, judged
 from sona.report import print_tables, summary
@@ -83,9 +86,11 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
     objective = ObjectiveConfig(own.leash, own.saturation, own.budget)
     config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
     free = replace(config, objective=replace(config.objective, leash=0.0))
-    for arms, chosen in (((controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), config), ((controls.FREE,), free)):
+    leashed, keeper = (controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), _keeper(subject, own)
+    for arms, chosen, gate in ((leashed, config, keeper), ((controls.FREE,), free, None)):
         if cells := plan.cells(*arms):
-            fleet = Fleet(subject, cells, shapes, chosen, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+            last, at_once = plan.checkpoints[-1], plan.train_at_once
+            fleet = Fleet(subject, cells, shapes, chosen, last, plan.max_tokens, at_once, gate)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
             save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
@@ -95,8 +100,8 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
         width = subject.exact.spec.hidden_size
         micro = MicroLoRAConfig(width, own.instant_rank, learning_rate=own.instant_rate, trust_nats=own.trust_nats)
-        last = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
-        rows += _learn(plan, last, held_out, elsewhere, say)
+        final = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+        rows += _learn(plan, final, held_out, elsewhere, say)
         save(_report(plan, subject, own, rows))
     if cells := plan.cells(controls.DEEP):
         told = stored(subject, cells, plan.checkpoints[-1], plan.max_tokens, plan.at_once)
@@ -117,6 +122,13 @@ def _report(plan: Plan, subject: Subject, own: SonaSettings, rows: Sequence[Meas
     }
 
 
+def _keeper(subject: Subject, own: SonaSettings) -> Gatekeeper:
+    spec = subject.exact.spec
+    norms = finished(weight_norms(subject.file.weights, list(linear_sites(spec)), spec.hidden_size))
+    limits = GateConfig(max_mean_loss=own.max_loss, max_kl=own.max_kl)
+    return Gatekeeper(subject.exact, anchor_tokens(subject.tokenizer, own.anchors), norms, limits)
+
+
 def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, say: Say) -> list[Measured]:
     rows = []
     for number in range(1, plan.checkpoints[-1] + 1):
@@ -129,7 +141,7 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
             rows += measured(plan, fleet.cells, fleet.stack, number, held_out, elsewhere)
             if controls.RANDOM in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 rows += _random(plan, fleet, number, held_out, elsewhere)
-            say(f"measured {len(fleet.cells)} cells after {number}")
+            say(f"measured {len(fleet.cells)} cells after {number}; {sum(fleet.refused)} steps were refused")
     return rows
 
 
