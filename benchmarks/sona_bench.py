@@ -42,8 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="of products with weights: auto, float32 or bfloat16")
     parser.add_argument("--at-once", type=int, default=1024, help="rows that are answered at once")
-    parser.add_argument("--train-at-once", type=int, default=64, help="cells in one backward pass")
-    parser.add_argument("--deep-workers", type=int, default=1, help="processes of deep training, side by side")
+    parser.add_argument("--train-at-once", type=int, default=64, help="answers in one backward pass")
     learner = parser.add_argument_group("whole-network learning", "what is left out is as the plugin has it")
     learner.add_argument("--rank", type=int)
     learner.add_argument("--average", type=int)
@@ -74,7 +73,6 @@ def main() -> None:
         dtype=args.dtype,
         at_once=args.at_once,
         train_at_once=args.train_at_once,
-        deep_workers=args.deep_workers,
         learner={
             name: getattr(args, name) for name in ("rank", "average", *_FLOATS) if getattr(args, name) is not None
         },

@@ -329,9 +329,10 @@ def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
     assert [np.abs(fleet.stack.deltas(3)["final"].b).max() > 0] == [any(told[3].quality for told in fleet.log)]
 
 
-def test_the_deep_arm_is_the_plugins_own_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = subject(), DeepConfig(learner=LearnerConfig(rank=2, learning_rate=0.02), epochs=2)
-    monkeypatch.setattr(deep_arm, "_worker", model.network)
+def test_the_deep_arm_is_the_plugins_own_training() -> None:
+    """Of every cell, those that stop early and those that have nothing to learn among them."""
+    learner = LearnerConfig(rank=2, learning_rate=0.02, average=3)
+    model, config = subject(), DeepConfig(learner=learner, epochs=4, patience=0)
     cells = [Cell(controls.DEEP, task, seed) for task in ("short", "no I") for seed in (0, 1)]
     told = deep_arm.stored(model, cells, 8, 5, 8)
     assert [[one.prompt_ids for one in own] for own in told[:2]] == [
@@ -340,14 +341,20 @@ def test_the_deep_arm_is_the_plugins_own_training(monkeypatch: pytest.MonkeyPatc
     assert [[one.output_ids for one in own] for own in told[:2]] == [
         [one.output_ids for one in own] for own in told[2:]
     ]
-    deltas, why = deep_arm._train((told[0], [], config))
-    assert deltas is None and "8 good of 8" in why  # five tokens are always short
-    mixed = [replace(one, quality=float(n % 2)) for n, one in enumerate(told[2])]
-    deltas, why = deep_arm._train((mixed, [], config))
-    last = [found for found in deep(model.network, linear_sites(SPEC), mixed, [], config) if found is not None][-1]
-    assert (deltas is None) == (last.deltas is None) == bool(why)
-    for name, delta in (last.deltas or {}).items():
-        np.testing.assert_array_equal(deltas[name].b, delta.b)
+    assert {one.quality for one in told[0]} == {1.0}  # five tokens are always short
+    mixed = [[replace(one, quality=float((n + k) % 2)) for n, one in enumerate(own)] for k, own in enumerate(told[1:])]
+    texts = [tuple(tiny.TEXTS["b"][:12]), tuple(tiny.TEXTS["c"][:9])]
+    stack, trained = deep_arm.train(model.network, cells, [told[0], *mixed], texts, config, 7)
+    assert 0 not in trained and trained
+    epochs = set()
+    for n, own in enumerate(mixed, 1):
+        work = deep(model.network, linear_sites(SPEC), own, texts, replace(config, seed=cells[n].seed))
+        last = [found for found in work if found is not None][-1]
+        epochs.add(last.epoch)
+        assert (last.deltas is not None) == (n in trained)
+        for name, delta in (last.deltas or {}).items():
+            np.testing.assert_allclose(stack.deltas(n)[name].b, delta.b, atol=1e-4)
+    assert len(epochs) > 1
 
 
 def test_an_adapter_that_does_nothing_harms_nothing() -> None:

@@ -1,26 +1,25 @@
-"""The deep loop on stored feedback, by the plugin's own training, several cells side by side."""
+"""The deep loop on stored feedback, many cells in lockstep: each as the plugin's own deep training would do it."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ruvllm_core.errors import LearningError
-from ruvllm_core.protocols import LowRank
+import numpy as np
+import torch
+
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
-from ruvllm_sona.network import Network
+from ruvllm_sona.deep import DeepConfig, batches, on_leash, split
+from ruvllm_sona.network import Network, padded
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites, start
+from ruvllm_sona.update import gradients
 from sona.cells import Cell
-from sona.lockstep import TEMPERATURE
+from sona.lockstep import TEMPERATURE, copied
 from sona.measures import HeldOut
-from sona.subject import Subject, load_network, open_file
+from sona.optimizer import CellAdam
+from sona.subject import Subject
 from sona.texts import FEEDBACK_LUCK, uniforms
-
-_worker: Network | None = None
 
 
 def stored(
@@ -43,43 +42,97 @@ def stored(
     ]
 
 
+@dataclass(eq=False)
+class _Student:
+    """One cell: what it learns from, what it is judged by, and the best it has been."""
+
+    row: int
+    train: list[Example]
+    held: list[Example]
+    seed: int
+    margin: float = 0.0
+    best: float = 0.0
+    since: int = 0
+
+
 def train(
-    subject: Subject,
-    model: str,
-    dtype: str,
-    cells: Sequence[Cell],
-    examples: Sequence[Sequence[Example]],
-    texts: Sequence[Sequence[int]],
-    workers: int,
-) -> tuple[AdapterStack, list[str]]:
-    """An adapter for each cell, and why some have none; those are the base model's."""
-    device = str(subject.network.device)
-    jobs = [(own, texts, replace(DeepConfig(), seed=cell.seed)) for cell, own in zip(cells, examples, strict=True)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _load, (model, device, dtype)) as pool:
-        found = list(pool.map(_train, jobs))
-    learner, shapes = DeepConfig().learner, linear_sites(subject.network.spec)
-    rows = [deltas if deltas is not None else start(shapes, learner.rank, 0) for deltas, _ in found]
-    return AdapterStack.of(rows, device), [why for _, why in found if why]
+    network: Network, cells: Sequence[Cell], told: Sequence[Sequence[Example]], texts: Sequence[Sequence[int]],
+    config: DeepConfig, at_once: int,
+) -> tuple[AdapterStack, list[int]]:  # fmt: skip
+    """An adapter for each cell, and which cells have one; those of the others change nothing.
+
+    Args:
+        told: what each cell was told.
+        texts: on the leash, besides.
+        at_once: texts in one backward pass.
+    """
+    shapes, learner = linear_sites(network.spec), config.learner
+    learning = AdapterStack.of([start(shapes, learner.rank, cell.seed) for cell in cells], network.device).trainable()
+    mean, best = copied(learning), copied(learning)
+    adam = CellAdam(learning, mean, learner.learning_rate, learner.average)
+    anchors, students = on_leash(texts), []
+    for row, (cell, examples) in enumerate(zip(cells, told, strict=True)):
+        if 0 < sum(one.quality > 0.5 for one in examples) < len(examples):
+            own, held = split(examples, replace(config, seed=cell.seed))
+            students.append(_Student(row, own, held, cell.seed))
+    active = list(students)
+    for epoch in range(config.epochs):
+        rounds = [list(batches(one.train, anchors, replace(config, seed=one.seed), epoch)) for one in active]
+        for step in range(max(map(len, rounds), default=0)):
+            jobs = [
+                (one.row, example, weight)
+                for one, steps in zip(active, rounds, strict=True) if step < len(steps)
+                for example, weight in zip(*steps[step], strict=True)
+            ]  # fmt: skip
+            for first in range(0, len(jobs), at_once):
+                rows, examples, weights = zip(*jobs[first : first + at_once], strict=True)
+                for _ in gradients(network, _picked(learning, rows), examples, weights, learner.objective):
+                    pass
+            adam.step([1.0] * len(cells))
+            adam.take_back(sorted(set(range(len(cells))) - {row for row, _, _ in jobs}))
+        _judge(network, active, mean, at_once)
+        for one in active:
+            better = one.margin > one.best
+            one.since = 0 if better else one.since + 1
+            if better:
+                one.best = one.margin
+                for into, factor in zip(best.parameters(), mean.parameters(), strict=True):
+                    into[one.row] = factor[one.row]
+        active = [one for one in active if one.since <= config.patience]
+    return best, [one.row for one in students if one.best > 0.0]
 
 
-def _load(model: str, device: str, dtype: str) -> None:
-    global _worker
-    _worker = load_network(open_file(model), device, dtype)
+@torch.no_grad()
+def _judge(network: Network, students: Sequence[_Student], mean: AdapterStack, at_once: int) -> None:
+    """Each student's margin, that of `ruvllm_sona.deep`."""
+    jobs = [(one, example) for one in students for example in one.held]
+    moved: list[float] = []
+    for first in range(0, len(jobs), at_once):
+        part = jobs[first : first + at_once]
+        examples = [example for _, example in part]
+        own = _mean_logprobs(network, _picked(mean, [one.row for one, _ in part]), examples)
+        base = _mean_logprobs(network, AdapterStack({}, {}), examples)
+        moved += (own - base).tolist()
+    for one in students:
+        found = [(gain, example.quality > 0.5) for (who, example), gain in zip(jobs, moved, strict=True) if who is one]
+        good, bad = ([gain for gain, kind in found if kind is wanted] for wanted in (True, False))
+        one.margin = float(np.mean(good) - np.mean(bad))
 
 
-def _train(job: tuple[Sequence[Example], Sequence[Sequence[int]], DeepConfig]) -> tuple[dict[str, LowRank] | None, str]:
-    examples, texts, config = job
-    assert _worker is not None
-    last: DeepProgress | None = None
-    try:
-        for progress in deep(_worker, linear_sites(_worker.spec), examples, texts, config):
-            last = progress or last
-    except LearningError as error:
-        return None, str(error)
-    if last is None or last.deltas is None:
-        return None, "no round was better than the base model on the answers held out"
-    return dict(last.deltas), ""
+def _mean_logprobs(network: Network, rows: AdapterStack, examples: Sequence[Example]) -> torch.Tensor:
+    device = network.device
+    tokens = padded([[*one.prompt_ids, *one.output_ids] for one in examples], device)
+    lengths = torch.tensor([len(one.output_ids) for one in examples], device=device)
+    owner = torch.repeat_interleave(torch.arange(len(examples), device=device), lengths)
+    places = torch.cat([torch.arange(len(one.output_ids), device=device) + len(one.prompt_ids) for one in examples])
+    logp = torch.log_softmax(network.logits(network.hidden(tokens, rows)[owner, places - 1]), -1)
+    found = logp.gather(1, tokens[owner, places, None])[:, 0]
+    return torch.zeros(len(examples), device=device).index_add_(0, owner, found) / lengths
+
+
+def _picked(stack: AdapterStack, rows: Sequence[int]) -> AdapterStack:
+    at = torch.tensor(rows, device=stack.parameters()[0].device)
+    return AdapterStack({name: (a[at], b[at]) for name, (a, b) in stack.sites.items()}, stack.scales)
 
 
 def _of(cells: Sequence[Cell], seed: int) -> Cell:

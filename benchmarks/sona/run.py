@@ -11,7 +11,8 @@ import torch
 
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.anchors import anchor_tokens
-from ruvllm_sona.gate import GateConfig
+from ruvllm_sona.deep import DeepConfig
+from ruvllm_sona.gate import RESCUE, GateConfig
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.measure import weight_norms
 from ruvllm_sona.micro_config import MicroLoRAConfig
@@ -52,7 +53,6 @@ class Plan:
     dtype: str
     at_once: int
     train_at_once: int
-    deep_workers: int = 1
     learner: Mapping[str, float] = field(default_factory=dict)
 
     def with_arm(self, arm: str) -> list[Cell]:
@@ -95,7 +95,7 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
             save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 heard = [[told[n] for told in fleet.log] for n in range(len(plan.with_arm(controls.LEASHED)))]
-                rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, say)
+                rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, keeper, say)
             del fleet  # it holds memory
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
         width = subject.exact.spec.hidden_size
@@ -105,7 +105,7 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
         save(_report(plan, subject, own, rows))
     if cells := plan.cells(controls.DEEP):
         told = stored(subject, cells, plan.checkpoints[-1], plan.max_tokens, plan.at_once)
-        rows += _deep(plan, cells, told, held_out, elsewhere, say)
+        rows += _deep(plan, cells, told, held_out, elsewhere, keeper, say)
     print_tables(rows)
     return _report(plan, subject, own, rows)
 
@@ -147,12 +147,19 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
 
 def _deep(
     plan: Plan, cells: Sequence[Cell], told: Sequence[Sequence[Example]],
-    held_out: HeldOut, elsewhere: Elsewhere, say: Say,
+    held_out: HeldOut, elsewhere: Elsewhere, keeper: Gatekeeper, say: Say,
 ) -> list[Measured]:  # fmt: skip
-    subject = held_out.subject
+    subject, config = held_out.subject, DeepConfig()
     texts = anchor_tokens(subject.tokenizer)
-    stack, why = train(subject, plan.model, plan.dtype, cells, told, texts, plan.deep_workers)
-    say(f"deep training of {len(cells)} cells; {len(why)} were left alone" + (f": {why[0]}" if why else ""))
+    stack, trained = train(subject.network, cells, told, texts, config, plan.train_at_once)
+    verdicts = keeper.verdicts(stack, [RESCUE] * len(cells))
+    passed = [n for n in trained if verdicts[n].passed]
+    with torch.no_grad():
+        for n, verdict in enumerate(verdicts):
+            for _, b in stack.sites.values():
+                b[n] *= verdict.scale if n in passed else 0.0
+    whole = sum(verdicts[n].scale == 1.0 for n in passed)
+    say(f"deep training: {len(trained)} of {len(cells)} cells learned, {len(passed)} passed the gate, {whole} whole")
     return measured(plan, cells, stack, plan.checkpoints[-1], held_out, elsewhere)
 
 

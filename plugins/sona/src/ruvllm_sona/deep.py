@@ -84,23 +84,17 @@ def deep(
             f"deep training needs good and bad answers, there are {sum(good)} good of {len(good)}",
             hint="rate more answers",
         )
-    train, held = _split(examples, config)
+    train, held = split(examples, config)
     learner = Learner(shapes, config.learner, device=str(network.device))
     best, kept, done = 0.0, None, 0
     if resume is not None:
         learner.restore(resume.state)
         best, kept, done = resume.best, resume.deltas, resume.epoch
-    share = sum(one.quality > 0.5 for one in train) / len(train)
-    texts = [Example("", tuple(text[:1]), tuple(text[1:]), 0.5) for text in anchors if len(text) > 1]
+    texts = on_leash(anchors)
     since = 0
     for epoch in range(done, config.epochs):
-        random = np.random.default_rng((config.seed, epoch))
-        order = random.permutation(len(train)).tolist()
-        for at in range(0, len(order), config.batch):
-            batch = [train[i] for i in order[at : at + config.batch]]
-            weights = [_weight(one.quality, share) / len(batch) for one in batch]
-            extra = [texts[i] for i in random.integers(0, len(texts), config.anchors)] if texts else []
-            for _ in learner.step(network, [*batch, *extra], [*weights, *[0.0] * len(extra)]):
+        for batch, weights in batches(train, texts, config, epoch):
+            for _ in learner.step(network, batch, weights):
                 yield None
         deltas, margin = learner.deltas(), 0.0
         for found in _margin(network, deltas, held):
@@ -114,13 +108,32 @@ def deep(
             return
 
 
+def on_leash(texts: Sequence[Sequence[int]]) -> list[Example]:
+    """Texts that nobody rated, as examples of which only the leash takes notice if their weight is 0."""
+    return [Example("", tuple(text[:1]), tuple(text[1:]), 0.5) for text in texts if len(text) > 1]
+
+
+def batches(
+    train: Sequence[Example], texts: Sequence[Example], config: DeepConfig, epoch: int
+) -> Iterator[tuple[list[Example], list[float]]]:
+    """Examples of each step of a round, texts on the leash among them, and what each counts."""
+    share = sum(one.quality > 0.5 for one in train) / len(train)
+    random = np.random.default_rng((config.seed, epoch))
+    order = random.permutation(len(train)).tolist()
+    for at in range(0, len(order), config.batch):
+        batch = [train[i] for i in order[at : at + config.batch]]
+        weights = [_weight(one.quality, share) / len(batch) for one in batch]
+        extra = [texts[i] for i in random.integers(0, len(texts), config.anchors)] if texts else []
+        yield [*batch, *extra], [*weights, *[0.0] * len(extra)]
+
+
 def _weight(quality: float, share: float) -> float:
     """How much an answer counts: those above the middle half of all, those below it the other half."""
     share = min(max(share, 1e-3), 1.0 - 1e-3)
     return (quality - 0.5) / share if quality > 0.5 else (quality - 0.5) / (1.0 - share)
 
 
-def _split(examples: Sequence[Example], config: DeepConfig) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example], config: DeepConfig) -> tuple[list[Example], list[Example]]:
     """Answers to learn from, and others to judge by, in which both kinds are; with too few of a kind, all are both."""
     random = np.random.default_rng(config.seed)
     train: list[Example] = []
