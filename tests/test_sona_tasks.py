@@ -329,6 +329,23 @@ def test_what_happens_at_the_final_site_is_the_plugins_own_step() -> None:
     assert [np.abs(fleet.stack.deltas(3)["final"].b).max() > 0] == [any(told[3].quality for told in fleet.log)]
 
 
+def test_what_the_gate_refuses_changes_nothing() -> None:
+    """Neither through the whole network nor at the final site; the original's rule has no gate."""
+    model, shapes = subject(), linear_sites(SPEC)
+    norms = finished(weight_norms(tiny.tiny_weights(SPEC), list(shapes), SPEC.hidden_size))
+    keeper = Gatekeeper(model.exact, [tuple(tiny.TEXTS["b"][:20])], norms, GateConfig(max_kl=0.0))
+    config = MicroLoRAConfig(SPEC.hidden_size, learning_rate=3.0)
+    arms = (controls.FINAL, controls.ORIGINAL)
+    final = FinalFleet(model, [Cell(arm, "no I", 7) for arm in arms], config, 4, 6, 2, keeper)
+    whole = lockstep.Fleet(model, [Cell(controls.LEASHED, "no I", 7)], shapes, LearnerConfig(), 4, 6, 2, keeper)
+    for fleet in (final, whole):
+        for _ in range(4):
+            fleet.round()
+    assert final.refused == [4, 0] and whole.refused == [4]
+    assert not np.abs(final.stack.deltas(0)["final"].b).max()
+    assert all(not np.abs(one.b).max() for one in whole.stack.deltas().values())
+
+
 def test_the_deep_arm_is_the_plugins_own_training() -> None:
     """Of every cell, those that stop early and those that have nothing to learn among them."""
     learner = LearnerConfig(rank=2, learning_rate=0.02, average=3)

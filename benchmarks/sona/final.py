@@ -18,6 +18,7 @@ from ruvllm_sona.sites import final_site
 from ruvllm_sona.trace import Trace
 from sona.cells import Cell
 from sona.controls import ORIGINAL
+from sona.gating import Gatekeeper
 from sona.lockstep import Fleet
 from sona.subject import Subject
 
@@ -26,19 +27,23 @@ _ORIGINAL_RATE = 0.01
 
 
 class FinalFleet(Fleet):
-    """One `MicroLoRA` a cell, told each verdict at once. Raises ValueError for a model that caps its logits."""
+    """One `MicroLoRA` a cell, told each verdict at once; what does not pass the gate is taken back.
+
+    Nothing gates the original's rule. Raises ValueError for a model that caps its logits.
+    """
 
     def __init__(
         self, subject: Subject, cells: Sequence[Cell], config: MicroLoRAConfig,
-        feedback: int, max_tokens: int, at_once: int,
+        feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None,
     ) -> None:  # fmt: skip
         if subject.exact.spec.logit_softcap is not None:
             raise ValueError("the curvature of a trace is worked out for logits without a cap only")
         shapes = final_site(subject.exact.spec)
         starts = LearnerConfig(rank=config.rank)
-        super().__init__(subject, cells, shapes, starts, feedback, max_tokens, at_once)
+        super().__init__(subject, cells, shapes, starts, feedback, max_tokens, at_once, keeper)
         self.stack.scales[FINAL_SITE] = config.scale
         self._micros = [MicroLoRA(replace(config, seed=cell.seed)) for cell in self.cells]
+        self._accepted = [micro.version for micro in self._micros]
 
     @torch.no_grad()
     def _learn(self, examples: Sequence[Example]) -> None:
@@ -50,6 +55,19 @@ class FinalFleet(Fleet):
                 prompt = torch.tensor(examples[n].prompt_ids, device=b.device)
                 b[n] += original_step(self.subject.embed[prompt].mean(0), a[n], quality)
             elif micro.learn(traced[n], quality).applied:
+                a[n].copy_(torch.from_numpy(micro.current.a))
+                b[n].copy_(torch.from_numpy(micro.current.b))
+        if self._keeper is None:
+            return
+        verdicts = self._keeper.verdicts(self.stack, [(1.0,)] * len(self.cells))
+        for n, (cell, micro, verdict) in enumerate(zip(self.cells, self._micros, verdicts, strict=True)):
+            if cell.arm == ORIGINAL:
+                continue
+            if verdict.passed:
+                self._accepted[n] = micro.version
+            elif micro.version != self._accepted[n]:
+                micro.rollback(self._accepted[n])
+                self.refused[n] += 1
                 a[n].copy_(torch.from_numpy(micro.current.a))
                 b[n].copy_(torch.from_numpy(micro.current.b))
 

@@ -100,7 +100,8 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
         width = subject.exact.spec.hidden_size
         micro = MicroLoRAConfig(width, own.instant_rank, learning_rate=own.instant_rate, trust_nats=own.trust_nats)
-        final = FinalFleet(subject, cells, micro, plan.checkpoints[-1], plan.max_tokens, plan.train_at_once)
+        last, at_once = plan.checkpoints[-1], plan.train_at_once
+        final = FinalFleet(subject, cells, micro, last, plan.max_tokens, at_once, keeper)
         rows += _learn(plan, final, held_out, elsewhere, say)
         save(_report(plan, subject, own, rows))
     if cells := plan.cells(controls.DEEP):
