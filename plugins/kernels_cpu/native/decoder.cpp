@@ -107,19 +107,16 @@ RvDecoder::Deltas RvDecoder::deltas(int layer, int site, int64_t first) const {
     return {deltas_.empty() ? nullptr : deltas_.data() + first, (int64_t)layer * RV_SITES + site};
 }
 
-// The factors a of the sites that read the same input as `site`, counted through all layers, or both of the final site:
-// what the first thread asks for while it computes its share of `panels`, a little with each, so that its own reading goes
-// on meanwhile.
+// The factors a of the sites that read the same input as `site`, counted through all layers: what the first thread asks
+// for while it computes its share of `panels`, a little with each. All at once they would hold up its own reading.
 Ahead RvDecoder::look_ahead(int64_t site, int64_t panels) {
     runs_.clear();
     int64_t lines = 0;
-    const bool final = site == (int64_t)layers_.size() * RV_SITES;
     for (const RvLowRank* sites : several_) {
-        const RvLowRank *first = sites + site, *end = first + (final ? 1 : kSharing[site % RV_SITES]);
+        const RvLowRank *first = sites + site, *end = first + kSharing[site % RV_SITES];
         while (first < end && !first->rank) first++;
         if (first == end) continue;
-        const int64_t all = first->b - first->a + (final ? model_.hidden * first->rank : 0);
-        const int64_t floats = std::min(all, kFetchedFloats);
+        const int64_t floats = std::min((int64_t)(first->b - first->a), kFetchedFloats);
         runs_.push_back({(const char*)first->a, (const char*)(first->a + floats)});
         lines += (floats + 15) / 16;
     }
@@ -142,7 +139,8 @@ void RvDecoder::products(const Activations& x, const Product* wanted, int count,
     const bool few = !several_.empty();
     if (deltas.of) {
         shrunk = shrunk_.room(x.count * shrunk_width_);
-        if (few) ahead = look_ahead(deltas.first + count, total / kPanelRows);
+        const int64_t next = deltas.first + count;
+        if (few && next < (int64_t)layers_.size() * RV_SITES) ahead = look_ahead(next, total / kPanelRows);
         each_token(x.count, [&](int64_t t) {
             if (!deltas.of[t]) return;
             kernels_.shrink(deltas.of[t] + deltas.first, count, x.x + t * x.cols, x.cols, shrunk + t * shrunk_width_);
@@ -348,12 +346,26 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
         embedded_ = 0;
     }
     const float* pending = nullptr;
-    for (int n = 0; n < model_.layers; n++) layer(batch, n, &pending);
+    for (int n = 0; n < model_.layers; n++) {
+        if (n + 1 == model_.layers) fetch_final(batch);
+        layer(batch, n, &pending);
+    }
     // A row may be wanted twice: the sum is formed apart, the residual stays as it is.
     float* total = qkv_.room(width);
     for (int64_t r = 0; r < batch.rows_count; r++) {
         memcpy(total, residual + batch.rows[r] * width, (size_t)width * 4);
         kernels_.norm(total, pending + batch.rows[r] * width, model_.final_norm, width, model_.eps, hidden + r * width);
+    }
+}
+
+// Asks for the factors of the final sites, which a step of few tokens will need soon.
+void RvDecoder::fetch_final(const RvBatch& batch) const {
+    if (!batch.adapters || batch.tokens_count >= kSmallTokens) return;
+    for (int64_t b = 0; b < batch.sequences; b++) {
+        if (!batch.adapters[b]) continue;
+        const RvLowRank& delta = batch.adapters[b]->sites[layers_.size() * RV_SITES];
+        const int64_t floats = std::min(2 * delta.rank * (int64_t)model_.hidden, kFetchedFloats);
+        for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(delta.a + i, 0, 2);
     }
 }
 

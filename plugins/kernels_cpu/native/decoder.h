@@ -48,6 +48,7 @@ struct RvDecoder {
     template <class F> void each_tile(const Activations& x, F&& before);
     Activations describe(const float* x, int64_t count, int64_t cols, bool quantized);
     void find_deltas(const RvBatch& batch);
+    void fetch_final(const RvBatch& batch) const;
     const float* add_final(const float* hidden, int64_t count, const RvAdapter* const* adapters);
     Ahead look_ahead(int64_t site, int64_t panels);
     Deltas deltas(int layer, int site, int64_t first = 0) const;

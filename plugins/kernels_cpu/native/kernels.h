@@ -45,7 +45,7 @@ inline int64_t tile_width(int64_t count, int64_t t, int64_t tile) {
     return width < tile ? width : tile;
 }
 
-// What a thread asks memory for while it computes, `lines` of 64 bytes for every panel: the runs from `at` to `last`.
+// What a thread asks memory for while it computes, `lines` of 64 bytes with every panel: the runs from `at` to `last`.
 struct Ahead {
     struct Run { const char *begin, *end; };
     Run *at, *last;

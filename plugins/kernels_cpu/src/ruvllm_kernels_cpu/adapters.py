@@ -36,25 +36,25 @@ class AdapterTables:
         self._shapes = {name: _site_shape(spec, name.split(".", 2)[2]) for name in names}
         self._shapes[FINAL_SITE] = spec.hidden_size, spec.hidden_size
         self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
-        self._last: tuple[tuple[Adapter | None, ...], tuple[Any, ...]] = (), ()
+        self._last: tuple[tuple[Adapter | None, ...], int | None, tuple[Any, ...]] = (), None, ()
 
     def pointers(self, adapters: tuple[Adapter | None, ...], keep: list[Any]) -> int | None:
         """Address of one pointer for each of `adapters`, or None if all are None; `keep` takes what must stay alive.
 
         Raises `ValueError` for matrices that do not fit the model.
         """
-        if adapters != self._last[0]:  # after a step no code is near: what a step repeats is worth keeping
+        if adapters != self._last[0]:  # mostly they are those of the step before, and no code is near after a step
             tables = [self._find(adapter) if adapter else None for adapter in adapters]
             found = (ctypes.c_void_p * len(adapters))(*(table and table.address for table in tables))
-            self._last = adapters, (ctypes.addressof(found) if any(tables) else None, found, tables)
-        if not adapters:
-            return None
-        keep.append(self._last[1])
-        address: int | None = self._last[1][0]
+            self._last = adapters, ctypes.addressof(found) if any(tables) else None, (found, tables)
+        _, address, owners = self._last
+        keep.append(owners)
         return address
 
-    def of_rows(self, batch: Batch, keep: list[Any]) -> int | None:
-        """`pointers` to the adapters of the wanted rows of a batch."""
+    def of_rows(self, batch: Batch, count: int, keep: list[Any]) -> int | None:
+        """`pointers` to the adapters of the wanted rows of a batch. Raises `ValueError` unless they are `count`."""
+        if len(batch.rows) != count:
+            raise ValueError(f"{count} hidden states for the {len(batch.rows)} rows of a batch")
         if len(batch.adapters) == 1:
             return self.pointers(batch.adapters * len(batch.rows), keep)
         ends = batch.cu_q[1:].tolist()

@@ -69,7 +69,7 @@ class CpuDecoder:
         out = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
         if len(rows):
             keep: list[Any] = []
-            adapters = self._adapters.of_rows(batch, keep) if batch is not None and batch.adapters else None
+            adapters = self._adapters.of_rows(batch, len(rows), keep) if batch is not None and batch.adapters else None
             self._check(self._library.rv_logits(handle, rows.ctypes.data, len(rows), adapters, out.ctypes.data))
         return out
 
