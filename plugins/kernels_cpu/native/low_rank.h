@@ -61,16 +61,23 @@ static inline void ask(const Added& added, int64_t t, int64_t count, int64_t r) 
 
 // found[n][kPanelRows] += b c for tokens t + n and the rows of the panel that begins with r.
 static inline void add_panel(const Added& added, int64_t t, int64_t count, int64_t r, float* found) {
-    for (int64_t n = 0; n < count; n++) {
-        if (!added.of[t + n]) continue;
-        const RvLowRank *sites = added.of[t + n] + added.first, &delta = sites[added.site];
-        const float *b = delta.b + r * delta.rank, *c = added.c + (t + n) * added.width;
+    for (int64_t n = 0, end; n < count; n = end) {
+        const RvLowRank* sites = added.of[t + n];
+        for (end = n + 1; end < count && added.of[t + end] == sites;) end++;  // tokens of one sequence, mostly
+        if (!sites || !sites[added.first + added.site].rank) continue;
+        sites += added.first;
+        const RvLowRank& delta = sites[added.site];
+        const float *b = delta.b + r * delta.rank, *c = added.c + t * added.width;
         for (int i = 0; i < added.site; i++) c += sites[i].rank;
-        for (int64_t j = 0; j < kPanelRows; j += kLanes) {
-            V y = load(found + n * kPanelRows + j);
-            for (int32_t k = 0; k < delta.rank; k++) y += load(b + k * kPanelRows + j) * c[k];
-            store(found + n * kPanelRows + j, y);
-        }
+        for (int32_t k = 0; k < delta.rank; k++, b += kPanelRows, c++)
+            for (int64_t j = 0; j < kPanelRows; j += kLanes) {
+                const V own = load(b + j);
+                for (int64_t i = n; i < end; i++) {
+                    V y = load(found + i * kPanelRows + j);
+                    y += own * c[i * added.width];
+                    store(found + i * kPanelRows + j, y);
+                }
+            }
     }
 }
 
