@@ -109,11 +109,14 @@ class Decoder(Protocol):
     def forward(self, batch: Batch) -> FloatArray:
         """Run the layers, write new keys and values; hidden states after the last norm, float32 ``[R, C]``.
 
-        Adapter sites inside the layers are applied here, the ``final`` site by `ruvllm_core.decode.lora.apply_final`.
+        Adapter sites inside the layers are applied here, the ``final`` site by `logits`.
         """
 
-    def logits(self, hidden: FloatArray) -> FloatArray:
-        """Output projection, float32 ``[R, V]``."""
+    def logits(self, hidden: FloatArray, batch: Batch | None = None) -> FloatArray:
+        """Output projection, float32 ``[R, V]``; of `batch`'s rows, if given, with their ``final`` adapter sites.
+
+        What `ruvllm_core.decode.lora.apply_final` makes of them is what adapters mean.
+        """
 
     def close(self) -> None:
         """Free everything; later calls are errors."""

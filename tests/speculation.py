@@ -42,7 +42,7 @@ class TableDecoder:
         self.clock.now += self.cost(len(batch.tokens))
         return np.eye(len(self.table), dtype=np.float32)[batch.tokens[batch.rows]]
 
-    def logits(self, hidden: FloatArray) -> FloatArray:
+    def logits(self, hidden: FloatArray, batch: Batch | None = None) -> FloatArray:
         return hidden @ self.table
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.coded import coded_storage
 from ruvllm_core.decode.kv import STORE_BITS, KVStorage
+from ruvllm_core.decode.lora import apply_final
 from ruvllm_core.decode.ops import AttentionInput
 from ruvllm_core.decode.reference import DTYPES, pick_device, reference_ops, rope
 from ruvllm_core.decode.rope import rope_tables
@@ -93,7 +94,9 @@ class EagerDecoder:
         return _to_host(x)
 
     @torch.inference_mode()
-    def logits(self, hidden: FloatArray) -> FloatArray:
+    def logits(self, hidden: FloatArray, batch: Batch | None = None) -> FloatArray:
+        if batch is not None:
+            hidden = apply_final(hidden, batch)
         x = torch.from_numpy(hidden).to(self._device, self._dtype)
         out = self._ops.linear(x, self._head).float()
         if (cap := self.spec.logit_softcap) is not None:

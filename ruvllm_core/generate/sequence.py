@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 
 from ruvllm_core.decode.batch import Batch
-from ruvllm_core.decode.lora import apply_final
 from ruvllm_core.errors import CacheFull, GenerationError
 from ruvllm_core.generate.request import FinishReason, Request, TokenEvent
 from ruvllm_core.generate.sampler import Sampler
@@ -111,7 +110,7 @@ def run_batch(
     drawing = [sequence for sequence, _ in running if not sequence.pending]
     if not drawing:
         return events
-    logits = decoder.logits(apply_final(hidden, batch))
+    logits = decoder.logits(hidden, batch)
     if speculator is not None:
         speculator.computed(len(batch.tokens), all(answering))
     for sequence in drawing:

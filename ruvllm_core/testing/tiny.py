@@ -9,7 +9,6 @@ import numpy as np
 
 from ruvllm_core import protocols as p
 from ruvllm_core.decode.contiguous import ContiguousCache
-from ruvllm_core.decode.lora import apply_final
 from ruvllm_core.generate import load, request, sequence
 from ruvllm_core.generate.engine import Engine
 from ruvllm_core.model import codec, loader, tokenizer
@@ -132,7 +131,7 @@ class Feeder:
             self.cache.extend(name, count)
         work = [(self.running[name], count) for name, count in counts.items()]
         hidden, batch = sequence.advance(self.decoder, self.cache, work, every=True)
-        logits = self.decoder.logits(apply_final(hidden, batch))
+        logits = self.decoder.logits(hidden, batch)
         return dict(zip(counts, np.split(logits, batch.cu_q[1:-1]), strict=True))
 
     def ragged(self, **adapters: p.Adapter) -> dict[str, p.FloatArray]:

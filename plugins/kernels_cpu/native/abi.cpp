@@ -43,8 +43,10 @@ RV_API int32_t rv_forward(RvDecoder* decoder, const RvBatch* batch, float* hidde
     return guarded([&] { decoder->forward(*batch, hidden); });
 }
 
-RV_API int32_t rv_logits(RvDecoder* decoder, const float* hidden, int64_t count, float* out) {
-    return guarded([&] { decoder->logits(hidden, count, out); });
+// adapters: null, or one for each of the `count` states, each may be null; their final sites are added.
+RV_API int32_t rv_logits(RvDecoder* decoder, const float* hidden, int64_t count, const RvAdapter* const* adapters,
+                         float* out) {
+    return guarded([&] { decoder->logits(hidden, count, adapters, out); });
 }
 
 // Single operations, for eager models; arrays are row by row, [tokens, ...].

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#define RV_ABI_VERSION 5
+#define RV_ABI_VERSION 6
 #define RV_API extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -78,9 +78,9 @@ struct RvLowRank {
     int32_t rank;
 };
 
-// widest: the most rows of a that stand together.
+// widest: the most rows of a that stand together in the layers; 0: it does nothing there.
 struct RvAdapter {
-    const RvLowRank* sites;  // [layers][RV_SITES]
+    const RvLowRank* sites;  // [layers][RV_SITES], and then the final site, between the last norm and the output matrix
     int64_t widest;
 };
 

@@ -16,6 +16,7 @@ constexpr int64_t kFewTokens = 16;      // of a sequence, a draft for one
 constexpr int64_t kSplitKeys = 128;     // keys of one task where tokens are few, at least
 constexpr int64_t kFetchedFloats = 1 << 14;  // of adapters ahead, at most: a near cache has room for more than that
 constexpr int64_t kSplits = 16;         // tasks of a head then, at most, whatever the number of threads
+constexpr int kSharing[RV_SITES] = {3, 2, 1, 1, 2, 1, 1};  // sites from one on that read the same input
 
 bool quantized(const Matrix& w) { return !is_float(w.source.scheme); }
 
@@ -86,31 +87,45 @@ Activations RvDecoder::describe(const float* x, int64_t count, int64_t cols, boo
 
 void RvDecoder::find_deltas(const RvBatch& batch) {
     deltas_.clear();
+    several_.clear();
     shrunk_width_ = 0;
     if (!batch.adapters) return;
     for (int64_t t = 0; t < batch.tokens_count; t++) {
         const RvAdapter* adapter = batch.adapters[owner_[(size_t)t]];
-        deltas_.push_back(adapter ? adapter->sites : nullptr);
-        if (adapter) shrunk_width_ = std::max(shrunk_width_, adapter->widest);
+        const bool changes = adapter && adapter->widest;
+        deltas_.push_back(changes ? adapter->sites : nullptr);
+        if (!changes) continue;
+        shrunk_width_ = std::max(shrunk_width_, adapter->widest);
+        if (batch.tokens_count >= kSmallTokens) continue;
+        if (std::find(several_.begin(), several_.end(), adapter->sites) == several_.end())
+            several_.push_back(adapter->sites);
     }
+    if (!shrunk_width_) deltas_.clear();
 }
 
 RvDecoder::Deltas RvDecoder::deltas(int layer, int site, int64_t first) const {
     return {deltas_.empty() ? nullptr : deltas_.data() + first, (int64_t)layer * RV_SITES + site};
 }
 
-// Asks memory for the rows [begin, end) of b of a product, and for the a of what is multiplied after `count` products.
-void RvDecoder::fetch(const Deltas& deltas, int site, int64_t begin, int64_t end, int count) const {
-    const RvLowRank *sites = deltas.of[0] + deltas.first, *own = sites + site, *next = sites + count;
-    for (int64_t i = begin * own->rank; i < end * own->rank; i += kPanelRows) __builtin_prefetch(own->b + i);
-    if (!count || deltas.first + count == (int64_t)layers_.size() * RV_SITES || !next->rank) return;
-    const int64_t floats = std::min((int64_t)(next->b - next->a), kFetchedFloats);
-    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(next->a + i, 0, 2);
+// The factors a of the sites that read the same input as `site`, counted through all layers: what the first thread asks
+// for while it computes its share of `panels`, a little with each. All at once they would hold up its own reading.
+Ahead RvDecoder::look_ahead(int64_t site, int64_t panels) {
+    runs_.clear();
+    int64_t lines = 0;
+    for (const RvLowRank* sites : several_) {
+        const RvLowRank *first = sites + site, *end = first + kSharing[site % RV_SITES];
+        while (first < end && !first->rank) first++;
+        if (first == end) continue;
+        const int64_t floats = std::min((int64_t)(first->b - first->a), kFetchedFloats);
+        runs_.push_back({(const char*)first->a, (const char*)(first->a + floats)});
+        lines += (floats + 15) / 16;
+    }
+    const int64_t own = std::max((int64_t)1, panels / pool_.threads());
+    return {runs_.data(), runs_.data() + runs_.size(), (lines + own - 1) / own};
 }
 
 // Where adapters add to the products, x is multiplied by their rows of a, which are few, before threads meet, and every
-// task adds b to its own rows. What one token needs of them is fetched while products are computed: the next a by the
-// first thread, which will read it.
+// task adds b to its own rows. Of few tokens, the next a is fetched by the first thread, which will read it.
 void RvDecoder::products(const Activations& x, const Product* wanted, int count, const Deltas& deltas) {
     int64_t total = 0;
     for (int i = 0; i < count; i++) total += wanted[i].matrix->source.rows;
@@ -119,32 +134,27 @@ void RvDecoder::products(const Activations& x, const Product* wanted, int count,
     int64_t tasks = 0;
     for (int i = 0; i < count; i++) tasks += (wanted[i].matrix->source.rows + step - 1) / step;
 
-    const bool fetches = deltas.of && deltas.of[0] && x.count < kSmallTokens;
-    float* shrunk = shrunk_.room(deltas.of ? x.count * shrunk_width_ : 0);
-    if (deltas.of)
+    Ahead ahead{};
+    float* shrunk = nullptr;
+    const bool few = !several_.empty();
+    if (deltas.of) {
+        shrunk = shrunk_.room(x.count * shrunk_width_);
+        const int64_t next = deltas.first + count;
+        if (few && next < (int64_t)layers_.size() * RV_SITES) ahead = look_ahead(next, total / kPanelRows);
         each_token(x.count, [&](int64_t t) {
             if (!deltas.of[t]) return;
             kernels_.shrink(deltas.of[t] + deltas.first, count, x.x + t * x.cols, x.cols, shrunk + t * shrunk_width_);
         });
-    bool fetched = false;  // the first thread's
+    }
     pool_.run(tasks, [&](int64_t task, int worker) {
         int i = 0;
         for (int64_t own; task >= (own = (wanted[i].matrix->source.rows + step - 1) / step); i++) task -= own;
         const Product& product = wanted[i];
         const int64_t begin = task * step, end = std::min(begin + step, product.matrix->source.rows);
-        if (fetches) {
-            fetch(deltas, i, begin, end, worker == 0 && !fetched ? count : 0);
-            if (worker == 0) fetched = true;
-        }
-        kernels_.matmul(*product.matrix, x, begin, end, product.out, product.stride, scratch_[(size_t)worker].data());
-        if (!deltas.of) return;
-        for (int64_t t = 0; t < x.count; t++) {
-            if (!deltas.of[t]) continue;
-            const RvLowRank* sites = deltas.of[t] + deltas.first;
-            const float* c = shrunk + t * shrunk_width_;
-            for (int before = 0; before < i; before++) c += sites[before].rank;
-            if (sites[i].rank) kernels_.expand(sites[i], c, begin, end, product.out + t * product.stride);
-        }
+        for (const RvLowRank* sites : several_) __builtin_prefetch(sites + deltas.first + count + i);
+        const Added added{deltas.of, deltas.first, i, shrunk, shrunk_width_, few, worker ? nullptr : &ahead};
+        kernels_.matmul(*product.matrix, x, begin, end, product.out, product.stride, deltas.of ? &added : nullptr,
+                        scratch_[(size_t)worker].data());
     });
 }
 
@@ -336,7 +346,10 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
         embedded_ = 0;
     }
     const float* pending = nullptr;
-    for (int n = 0; n < model_.layers; n++) layer(batch, n, &pending);
+    for (int n = 0; n < model_.layers; n++) {
+        if (n + 1 == model_.layers) fetch_final(batch);
+        layer(batch, n, &pending);
+    }
     // A row may be wanted twice: the sum is formed apart, the residual stays as it is.
     float* total = qkv_.room(width);
     for (int64_t r = 0; r < batch.rows_count; r++) {
@@ -345,7 +358,41 @@ void RvDecoder::forward(const RvBatch& batch, float* hidden) {
     }
 }
 
-void RvDecoder::logits(const float* hidden, int64_t count, float* out) {
+// Asks for the factors of the final sites, which a step of few tokens will need soon.
+void RvDecoder::fetch_final(const RvBatch& batch) const {
+    if (!batch.adapters || batch.tokens_count >= kSmallTokens) return;
+    for (int64_t b = 0; b < batch.sequences; b++) {
+        if (!batch.adapters[b]) continue;
+        const RvLowRank& delta = batch.adapters[b]->sites[layers_.size() * RV_SITES];
+        const int64_t floats = std::min(2 * delta.rank * (int64_t)model_.hidden, kFetchedFloats);
+        for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(delta.a + i, 0, 2);
+    }
+}
+
+// The states with the final site of each one's adapter; the same memory if nobody has one.
+const float* RvDecoder::add_final(const float* hidden, int64_t count, const RvAdapter* const* adapters) {
+    const int64_t site = (int64_t)layers_.size() * RV_SITES, width = model_.hidden;
+    int64_t widest = 0;
+    deltas_.clear();
+    for (int64_t t = 0; t < count; t++) {
+        const int32_t rank = adapters[t] ? adapters[t]->sites[site].rank : 0;
+        deltas_.push_back(rank ? adapters[t]->sites : nullptr);
+        widest = std::max(widest, (int64_t)rank);
+    }
+    if (!widest) return hidden;
+    float *x = x_.room(count * width), *c = shrunk_.room(count * widest);
+    memcpy(x, hidden, (size_t)(count * width) * 4);
+    const Added added{deltas_.data(), site, 0, c, widest, false, nullptr};
+    each_token(count, [&](int64_t t) {
+        if (!deltas_[(size_t)t]) return;
+        kernels_.shrink(deltas_[(size_t)t] + site, 1, hidden + t * width, width, c + t * widest);
+        kernels_.add(added, t, 0, width, x + t * width);
+    });
+    return x;
+}
+
+void RvDecoder::logits(const float* hidden, int64_t count, const RvAdapter* const* adapters, float* out) {
+    if (adapters) hidden = add_final(hidden, count, adapters);
     const Activations in = describe(hidden, count, model_.hidden, quantized(head_));
     if (in.q) each_tile(in, [](int64_t) {});
     const Product product{&head_, out, model_.vocab};

@@ -26,7 +26,7 @@ struct RvDecoder {
     RvDecoder(const RvModel& description, const Kernels& table, int threads);
 
     void forward(const RvBatch& batch, float* hidden);
-    void logits(const float* hidden, int64_t count, float* out);
+    void logits(const float* hidden, int64_t count, const RvAdapter* const* adapters, float* out);
 
   protected:
     struct Layer {
@@ -48,8 +48,10 @@ struct RvDecoder {
     template <class F> void each_tile(const Activations& x, F&& before);
     Activations describe(const float* x, int64_t count, int64_t cols, bool quantized);
     void find_deltas(const RvBatch& batch);
+    void fetch_final(const RvBatch& batch) const;
+    const float* add_final(const float* hidden, int64_t count, const RvAdapter* const* adapters);
+    Ahead look_ahead(int64_t site, int64_t panels);
     Deltas deltas(int layer, int site, int64_t first = 0) const;
-    void fetch(const Deltas& deltas, int site, int64_t begin, int64_t end, int count) const;
     void products(const Activations& x, const Product* wanted, int count, const Deltas& deltas);
     void append(const RvBatch& batch, int layer, float* qkv, int64_t width);
     void carry_out(const RvBatch& batch, int layer);
@@ -68,6 +70,8 @@ struct RvDecoder {
     int64_t embedded_ = 0;        // tokens since pages of embeddings were let go
     std::vector<int32_t> owner_;  // the sequence of each token
     std::vector<const RvLowRank*> deltas_;  // of each token, or empty: no sequence has an adapter
+    std::vector<const RvLowRank*> several_;  // each adapter of a batch of few tokens once
+    std::vector<Ahead::Run> runs_;
     int64_t shrunk_width_ = 0;              // products with a of a token that are in memory together
     std::vector<AttentionTask> tasks_;
     Buffer<float> residual_, x_, qkv_, mixed_, inner_, gated_, scales_, partial_, shrunk_;

@@ -45,6 +45,24 @@ inline int64_t tile_width(int64_t count, int64_t t, int64_t tile) {
     return width < tile ? width : tile;
 }
 
+// What a thread asks memory for while it computes, `lines` of 64 bytes with every panel: the runs from `at` to `last`.
+struct Ahead {
+    struct Run { const char *begin, *end; };
+    Run *at, *last;
+    int64_t lines;
+};
+
+// What adapters add to one product, token by token.
+struct Added {
+    const RvLowRank* const* of;  // [T]: of each token what an adapter has for all sites of all layers, or null
+    int64_t first;               // the first of those that read this input
+    int site;                    // which of them the product is of
+    const float* c;              // [T, width]: shrink, for each token
+    int64_t width;
+    bool far;      // b is not near: it is asked for before a panel is computed
+    Ahead* ahead;  // or null
+};
+
 // One sequence's queries for one key/value head, tokens [begin, end) of the batch, and keys at positions [low, high).
 struct AttentionTask {
     const RvModel* model;
@@ -80,9 +98,10 @@ struct Kernels {
     void (*quantize)(const Activations& to, int64_t t, int64_t width);
     // panels [begin, end) of the packed weights, from rows of source blocks
     void (*pack)(const RvMatrix& w, int64_t begin, int64_t end, uint8_t* panels);
-    // out[t * stride + r] for rows [begin, end), begin a multiple of kPanelRows; scratch: matmul_scratch(cols) bytes
+    // out[t * stride + r] for rows [begin, end), begin a multiple of kPanelRows, with what is added (may be null);
+    // scratch: matmul_scratch(cols) bytes
     void (*matmul)(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
-                   void* scratch);
+                   const Added* added, void* scratch);
     void (*decode_row)(const RvMatrix& w, int64_t row, float* out);
     void (*rope)(float* x, int64_t heads, const RvModel& model, const float* cos, const float* sin);
     void (*store_kv)(const float* x, int64_t n, int32_t type, void* out);
@@ -92,8 +111,8 @@ struct Kernels {
     void (*softcap)(float* x, int64_t n, float cap);
     // c = scale * (a x) for one token x [cols] and `count` sites that read it, one after the other
     void (*shrink)(const RvLowRank* sites, int count, const float* x, int64_t cols, float* c);
-    // out[r] += (b c)[r] for rows [begin, end), begin a multiple of kPanelRows
-    void (*expand)(const RvLowRank& delta, const float* c, int64_t begin, int64_t end, float* out);
+    // out[r] += what is added to rows [begin, end) of token t, begin a multiple of kPanelRows
+    void (*add)(const Added& added, int64_t t, int64_t begin, int64_t end, float* out);
 };
 
 inline bool is_float(int32_t scheme) { return scheme == RV_F32 || scheme == RV_F16 || scheme == RV_BF16; }

@@ -40,19 +40,55 @@ static void shrink(const RvLowRank* sites, int count, const float* x, int64_t co
         for (int32_t n = 0; n < sites[i].rank; n++) *c++ *= sites[i].scale;
 }
 
-static void expand(const RvLowRank& delta, const float* c, int64_t begin, int64_t end, float* out) {
-    const float* b = delta.b + begin * delta.rank;
-    for (int64_t r = begin; r < end; r += kPanelRows, b += kPanelRows * delta.rank) {
-        if (r + kPanelRows > end) {
-            for (int32_t k = 0; k < delta.rank; k++)
-                for (int64_t i = r; i < end; i++) out[i] += b[k * kPanelRows + i - r] * c[k];
-            return;
-        }
-        for (int64_t j = 0; j < kPanelRows; j += kLanes) {
-            V y = load(out + r + j);
-            for (int32_t k = 0; k < delta.rank; k++) y += load(b + k * kPanelRows + j) * c[k];
-            store(out + r + j, y);
-        }
+// Asks for the rows of b that a panel of tokens [t, t + count) needs, once for tokens of one sequence, and for what comes
+// later.
+static inline void ask(const Added& added, int64_t t, int64_t count, int64_t r) {
+    const RvLowRank* last = nullptr;
+    for (int64_t n = 0; n < count; n++) {
+        const RvLowRank* sites = added.of[t + n];
+        if (!sites || sites == last) continue;
+        last = sites;
+        const RvLowRank& delta = sites[added.first + added.site];
+        for (int32_t k = 0; k < delta.rank; k++) __builtin_prefetch(delta.b + r * delta.rank + k * kPanelRows, 0, 3);
+    }
+    if (!added.ahead) return;
+    Ahead& ahead = *added.ahead;
+    for (int64_t n = ahead.lines; n && ahead.at < ahead.last; n--) {
+        __builtin_prefetch(ahead.at->begin, 0, 2);
+        if ((ahead.at->begin += 64) >= ahead.at->end) ahead.at++;
+    }
+}
+
+// found[n][kPanelRows] += b c for tokens t + n and the rows of the panel that begins with r.
+static inline void add_panel(const Added& added, int64_t t, int64_t count, int64_t r, float* found) {
+    for (int64_t n = 0, end; n < count; n = end) {
+        const RvLowRank* sites = added.of[t + n];
+        for (end = n + 1; end < count && added.of[t + end] == sites;) end++;  // tokens of one sequence, mostly
+        if (!sites || !sites[added.first + added.site].rank) continue;
+        sites += added.first;
+        const RvLowRank& delta = sites[added.site];
+        const float *b = delta.b + r * delta.rank, *c = added.c + t * added.width;
+        for (int i = 0; i < added.site; i++) c += sites[i].rank;
+        for (int32_t k = 0; k < delta.rank; k++, b += kPanelRows, c++)
+            for (int64_t j = 0; j < kPanelRows; j += kLanes) {
+                const V own = load(b + j);
+                for (int64_t i = n; i < end; i++) {
+                    V y = load(found + i * kPanelRows + j);
+                    y += own * c[i * added.width];
+                    store(found + i * kPanelRows + j, y);
+                }
+            }
+    }
+}
+
+// The same for rows [begin, end) of one token, in place.
+static void add_rows(const Added& added, int64_t t, int64_t begin, int64_t end, float* out) {
+    for (int64_t r = begin; r < end; r += kPanelRows) {
+        float found[kPanelRows] = {};
+        const size_t bytes = (size_t)least(kPanelRows, end - r) * 4;
+        memcpy(found, out + r, bytes);
+        add_panel(added, t, 1, r, found);
+        memcpy(out + r, found, bytes);
     }
 }
 

@@ -6,6 +6,7 @@
 #include "float.h"
 #include "kernels.h"
 #include "lanes.h"
+#include "low_rank.h"
 #include "packed.h"
 #include "unpack.h"
 
@@ -146,18 +147,21 @@ template <class F> static inline void each_tile(int64_t count, F&& run) {
 }
 
 static void quantized_matmul(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out,
-                             int64_t stride) {
+                             int64_t stride, const Added* added) {
     const int64_t step = most(1, kWeightsNear / w.panel_bytes) * kPanelRows;
     with_scheme(w.source.scheme, [&](auto scheme) {
         for (int64_t from = begin; from < end; from += step)
             each_tile(x.count, [&](auto width, int64_t t) {
                 constexpr int NT = decltype(width)::scheme;
+                const int64_t count = least(NT, x.count - t);
                 for (int64_t r = from; r < least(from + step, end); r += kPanelRows) {
                     alignas(64) float found[NT * kPanelRows];
                     const uint8_t* panel = w.panels + r / kPanelRows * w.panel_bytes;
+                    if (added && added->far) ask(*added, t, count, r);
                     if (x.r) panel_tile<decltype(scheme)::scheme, NT, true>(panel, x.cols, x, t, found);
                     else panel_tile<decltype(scheme)::scheme, NT, false>(panel, x.cols, x, t, found);
-                    put(found, least(NT, x.count - t), least(kPanelRows, w.source.rows - r),
+                    if (added) add_panel(*added, t, count, r, found);
+                    put(found, count, least(kPanelRows, w.source.rows - r),
                         w.source.bias ? w.source.bias + r : nullptr, out + t * stride + r, stride);
                 }
             });

@@ -9,4 +9,4 @@
 
 #define RV_TABLE(NAME) \
     {NAME, kTile, norm, quantize, pack, matmul, decode_row, rope, store_kv, gated, attend, move, softcap, \
-     shrink, expand}
+     shrink, add_rows}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +122,33 @@ def test_a_misshapen_adapter_is_refused() -> None:
     batch.adapters = (Adapter("odd", {"layers.0.attn.q": low}),)
     with pytest.raises(ValueError, match=r"adapter odd, layers\.0\.attn\.q"):
         decoder.forward(batch)
+    batch.adapters = (Adapter("odd", {"final": low}),)
+    with pytest.raises(ValueError, match="adapter odd, final"):
+        decoder.logits(np.zeros((1, 256), np.float32), batch)
+
+
+def test_adapters_that_are_not_for_these_rows_are_refused() -> None:
+    decoder = make()
+    batch = batch_of(decoder)
+    batch.adapters = (tiny.tiny_adapter(decoder.spec),)
+    with pytest.raises(ValueError, match="2 hidden states for the 1 rows"):
+        decoder.logits(np.zeros((2, 256), np.float32), batch)
+    batch.adapters *= 2
+    with pytest.raises(ValueError, match="2 adapters for 1 sequences"):
+        decoder.forward(batch)
+
+
+def test_nobody_keeps_an_adapter_that_is_not_used_any_more() -> None:
+    decoder = make()
+    batch = batch_of(decoder)
+    adapter = tiny.tiny_adapter(decoder.spec)
+    batch.adapters, seen = (adapter,), weakref.ref(adapter)
+    decoder.logits(decoder.forward(batch), batch)
+    del adapter
+    batch.adapters = ()
+    decoder.forward(batch)
+    gc.collect()
+    assert seen() is None
 
 
 def test_errors_say_what_to_do() -> None:

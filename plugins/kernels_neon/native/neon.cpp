@@ -7,6 +7,7 @@
 #include "float_products.h"
 #include "gated.h"
 #include "levels.h"
+#include "low_rank.h"
 #include "norm.h"
 #include "rope.h"
 
@@ -14,9 +15,15 @@ namespace {
 
 template <const Level& LEVEL>
 void matmul(const Matrix& w, const Activations& x, int64_t begin, int64_t end, float* out, int64_t stride,
-            void* scratch) {
-    if (is_float(w.source.scheme)) float_matmul(w.source, x, begin, end, out, stride);
-    else LEVEL.matmul(w, x, begin, end, out, stride, scratch);
+            const Added* added, void* scratch) {
+    const bool far = added && added->far;
+    for (int64_t from = begin, to; from < end; from = to) {
+        to = far ? least(from + kPanelRows, end) : end;
+        if (far) ask(*added, 0, x.count, from);
+        if (is_float(w.source.scheme)) float_matmul(w.source, x, from, to, out, stride);
+        else LEVEL.matmul(w, x, from, to, out, stride, scratch);
+        for (int64_t t = 0; added && t < x.count; t++) add_rows(*added, t, from, to, out + t * stride);
+    }
 }
 
 template <const Level& LEVEL> const Kernels& table_of(const Kernels& base, const char* name) {

@@ -26,24 +26,25 @@ class Steps:
         self.adapter: Adapter | None = None
 
     def prefill(self, name: str, prompt: _IDS, start: int, stop: int) -> FloatArray:
-        """Positions ``[start, stop)`` in chunks; the hidden state of the last one, float32 ``[1, C]``."""
+        """Positions ``[start, stop)`` in chunks; what the last one's logits come from, float32 ``[1, C]``."""
         hidden = np.empty((0, self._decoder.spec.hidden_size), dtype=np.float32)
         for position in range(start, stop, self._chunk):
-            hidden = self._forward([name], prompt[position : min(position + self._chunk, stop)], position)
+            own, batch = self._forward([name], prompt[position : min(position + self._chunk, stop)], position)
+            hidden = apply_final(own, batch)
         return hidden
 
     def decode(self, names: Sequence[str], tokens: _IDS, position: int, steps: int) -> _IDS:
         """So many steps of each of `names`, from `tokens` at `position` on; the likeliest tokens at the end."""
         for step in range(steps):
-            tokens = self.likeliest(self._forward(names, tokens, position + step))
+            tokens = self.likeliest(*self._forward(names, tokens, position + step))
         return tokens
 
-    def likeliest(self, hidden: FloatArray) -> _IDS:
+    def likeliest(self, hidden: FloatArray, batch: Batch | None = None) -> _IDS:
         """Token ids, int64 ``[R]``."""
-        ids: _IDS = self._decoder.logits(hidden).argmax(-1)
+        ids: _IDS = self._decoder.logits(hidden, batch).argmax(-1)
         return ids
 
-    def _forward(self, names: Sequence[str], tokens: _IDS, position: int) -> FloatArray:
+    def _forward(self, names: Sequence[str], tokens: _IDS, position: int) -> tuple[FloatArray, Batch]:
         """Compute as many tokens for each of `names`, from `position` on; hidden states of the last of each."""
         each = len(tokens) // len(names)
         for name in names:
@@ -58,7 +59,7 @@ class Steps:
             rope_variants=np.full(len(names), self._variant, dtype=np.uint8),
         )
         batch.adapters = (self.adapter,) * len(names) if self.adapter else ()
-        hidden = apply_final(self._decoder.forward(batch), batch)
+        hidden = self._decoder.forward(batch)
         for name in names:
             self._cache.commit(name)
-        return hidden
+        return hidden, batch

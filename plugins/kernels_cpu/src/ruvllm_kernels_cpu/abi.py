@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 5
+VERSION = 6
 #: Matrices of a layer in the order of the C structure.
 SITES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -89,7 +89,7 @@ def declare(library: ctypes.CDLL) -> None:
         "rv_open": (c_int32, [POINTER(Model), c_void_p, c_int32, POINTER(c_void_p)]),
         "rv_close": (None, [c_void_p]),
         "rv_forward": (c_int32, [c_void_p, POINTER(BatchArgs), c_void_p]),
-        "rv_logits": (c_int32, [c_void_p, c_void_p, c_int64, c_void_p]),
+        "rv_logits": (c_int32, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

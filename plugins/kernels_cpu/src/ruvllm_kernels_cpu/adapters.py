@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from bisect import bisect_right
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ruvllm_core.decode.batch import Batch
+from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Adapter, FloatArray, LowRank
 from ruvllm_kernels_cpu import abi
@@ -27,55 +29,67 @@ class _Table(NamedTuple):
 
 
 class AdapterTables:
-    """For each adapter its low-rank deltas in all layers; the ``final`` site is not the decoder's."""
+    """For each adapter its low-rank deltas in all layers and at the final site."""
 
     def __init__(self, spec: ModelSpec) -> None:
         names = [f"layers.{n}.{site}" for n in range(spec.num_layers) for site in abi.SITES]
         self._shapes = {name: _site_shape(spec, name.split(".", 2)[2]) for name in names}
-        self._tables: WeakKeyDictionary[Adapter, _Table | None] = WeakKeyDictionary()
+        self._shapes[FINAL_SITE] = spec.hidden_size, spec.hidden_size
+        self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
+        self._last: tuple[tuple[Adapter | None, ...], int | None, tuple[Any, ...]] = (), None, ()
 
-    def pointers(self, adapters: Sequence[Adapter | None], keep: list[Any]) -> int | None:
-        """Address of one pointer a sequence, or None if none has deltas here; `keep` takes what must stay alive.
+    def pointers(self, adapters: tuple[Adapter | None, ...], keep: list[Any]) -> int | None:
+        """Address of one pointer for each of `adapters`, or None if all are None; `keep` takes what must stay alive.
 
         Raises `ValueError` for matrices that do not fit the model.
         """
-        if not any(adapters):
-            return None
-        tables = [self._find(adapter) if adapter else None for adapter in adapters]
-        if not any(tables):
-            return None
-        found = (ctypes.c_void_p * len(adapters))(*(table and table.address for table in tables))
-        keep += [tables, found]
-        return ctypes.addressof(found)
+        if adapters != self._last[0]:  # mostly they are those of the step before, and no code is near after a step
+            tables = [self._find(adapter) if adapter else None for adapter in adapters]
+            found = (ctypes.c_void_p * len(adapters))(*(table and table.address for table in tables))
+            self._last = adapters, ctypes.addressof(found) if any(tables) else None, (found, tables)
+        _, address, owners = self._last
+        keep.append(owners)
+        return address
 
-    def _find(self, adapter: Adapter) -> _Table | None:
+    def of_rows(self, batch: Batch, count: int, keep: list[Any]) -> int | None:
+        """`pointers` to the adapters of the wanted rows of a batch. Raises `ValueError` unless they are `count`."""
+        if len(batch.rows) != count:
+            raise ValueError(f"{count} hidden states for the {len(batch.rows)} rows of a batch")
+        if len(batch.adapters) == 1:
+            return self.pointers(batch.adapters * len(batch.rows), keep)
+        ends = batch.cu_q[1:].tolist()
+        return self.pointers(tuple(batch.adapters[bisect_right(ends, row)] for row in batch.rows.tolist()), keep)
+
+    def _find(self, adapter: Adapter) -> _Table:
         try:
             return self._tables[adapter]
         except KeyError:
-            found = self._tables[adapter] = self._table(adapter) if adapter.changes_cache else None
+            found = self._tables[adapter] = self._table(adapter)
             return found
 
     def _table(self, adapter: Adapter) -> _Table:
         """The C structure and what it points to: all numbers in the order in which a step reads them."""
         deltas = [self._delta(adapter, name) for name in self._shapes]
         room = sum(_room(one.a.size) + _room(len(one.b)) * len(one.a) for one in deltas if one)
-        numbers = _large_pages(room)
+        numbers = _floats(room)
         base, at, widest = numbers.ctypes.data, 0, 0
         sites = (abi.LowRank * len(deltas))()
-        for layer in range(0, len(deltas), len(abi.SITES)):
-            for first, last in _INPUTS:
-                found = [(n, one) for n in range(layer + first, layer + last) if (one := deltas[n]) is not None]
+        final = len(deltas) - 1
+        runs = [(layer + i, layer + j) for layer in range(0, final, len(abi.SITES)) for i, j in _INPUTS]
+        for first, last in [*runs, (final, final + 1)]:
+            found = [(n, one) for n in range(first, last) if (one := deltas[n]) is not None]
+            if first < final:
                 widest = max(widest, sum(len(delta.a) for _, delta in found))
-                for n, delta in found:
-                    numbers[at : at + delta.a.size] = delta.a.ravel()
-                    sites[n] = abi.LowRank(base + 4 * at, None, delta.scale, len(delta.a))
-                    at += delta.a.size
-                at = _room(at)
-                for n, delta in found:
-                    panels = _panels(delta.b)
-                    numbers[at : at + panels.size] = panels.ravel()
-                    sites[n].b = base + 4 * at
-                    at += panels.size
+            for n, delta in found:
+                numbers[at : at + delta.a.size] = delta.a.ravel()
+                sites[n] = abi.LowRank(base + 4 * at, None, delta.scale, len(delta.a))
+                at += delta.a.size
+            at = _room(at)
+            for n, delta in found:
+                panels = _panels(delta.b)
+                numbers[at : at + panels.size] = panels.ravel()
+                sites[n].b = base + 4 * at
+                at += panels.size
         head = abi.Adapter(ctypes.addressof(sites), widest)
         return _Table(ctypes.addressof(head), (head, sites, numbers))
 
@@ -96,10 +110,14 @@ def _room(count: int) -> int:
     return -(-count // _PANEL) * _PANEL
 
 
-def _large_pages(count: int) -> FloatArray:
-    """Floats that begin on a large page: of such NumPy asks the system for, on Linux, where an array has 4 MiB."""
-    numbers = np.empty(max(count, _NUMPY_ASKS) + _LARGE_PAGE, dtype=np.float32)
-    start = -(numbers.ctypes.data // 4) % _LARGE_PAGE
+def _floats(count: int) -> FloatArray:
+    """Floats that begin on a line, and if they are many on a large page.
+
+    Of such NumPy asks the system for, on Linux, where an array has 4 MiB.
+    """
+    unit, least = (_LARGE_PAGE, _NUMPY_ASKS) if count > _LARGE_PAGE // 8 else (_PANEL, 0)
+    numbers = np.empty(max(count, least) + unit, dtype=np.float32)
+    start = -(numbers.ctypes.data // 4) % unit
     found: FloatArray = numbers[start : start + count]
     return found
 

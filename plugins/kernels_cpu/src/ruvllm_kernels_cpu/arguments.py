@@ -42,6 +42,8 @@ def convert(
         raise ValueError(f"cu_q must rise from 0 to the {count} tokens, got {batch.cu_q.tolist()}")
     if len(tables) != sequences:
         raise ValueError(f"{len(tables)} rope variants for {sequences} sequences")
+    if len(batch.adapters) not in (0, sequences):
+        raise ValueError(f"{len(batch.adapters)} adapters for {sequences} sequences")
     view, newest = batch.kv, batch.kv.segments[-1].storage
     if newest.scheme not in storage.FLOATS:
         raise ValueError(f"new keys and values are written to the last segment: it must be floats, not {newest.scheme}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -60,14 +61,16 @@ class CpuDecoder:
         del keep  # what `args` points to had to live until here
         return hidden
 
-    def logits(self, hidden: FloatArray) -> FloatArray:
+    def logits(self, hidden: FloatArray, batch: Batch | None = None) -> FloatArray:
         handle, width = self._open(), self.spec.hidden_size
         if hidden.ndim != 2 or hidden.shape[1] != width:
             raise ValueError(f"hidden states must be [rows, {width}], got {hidden.shape}")
         rows = np.ascontiguousarray(hidden, dtype=np.float32)
         out = np.empty((len(rows), self.spec.vocab_size), dtype=np.float32)
         if len(rows):
-            self._check(self._library.rv_logits(handle, rows.ctypes.data, len(rows), out.ctypes.data))
+            keep: list[Any] = []
+            adapters = self._adapters.of_rows(batch, len(rows), keep) if batch is not None and batch.adapters else None
+            self._check(self._library.rv_logits(handle, rows.ctypes.data, len(rows), adapters, out.ctypes.data))
         return out
 
     def close(self) -> None:
