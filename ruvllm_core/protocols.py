@@ -271,10 +271,15 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """Tokens that may come next, and the distributions float32 ``[k, V]`` each was drawn from; None is for certain."""
+    """Tokens that may come next, and the distributions float32 ``[k, V]`` each was drawn from; None is for certain.
+
+    A proposer that can tell says in `likely` of each token how likely it is right if all before it are, which must not
+    depend on what was drawn for itself. Then it is asked for as many as may be, and of them computed what pays.
+    """
 
     tokens: Sequence[int]
     probabilities: FloatArray | None = None
+    likely: Sequence[float] | None = None
 
 
 class Proposer(Protocol):

@@ -63,6 +63,25 @@ def test_distribution_equals_transformers(settings: dict[str, float], size: int)
         assert np.all(np.diff(found.probabilities) <= 0)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 4.0, 12.0])
+@pytest.mark.parametrize("size", [7, 1500, 49152])
+def test_a_nucleus_is_to_the_last_bit_that_of_everything_sorted(spread: float, size: int) -> None:
+    """Equal logits stand by id, wherever the nucleus ends; the shortcuts through a vocabulary must not show."""
+    random = np.random.default_rng(size)
+    for settings in ({"top_p": 0.9}, {"top_p": 0.999}, {"top_p": 0.02}, {"top_p": 0.8, "min_p": 1e-3}, {"min_p": 0.2}):
+        params = GenerateParams(**{"temperature": 0.7, "top_p": 1.0, **settings})
+        logits = (random.standard_normal(size) * spread).astype(np.float32)
+        logits[::3] = np.round(logits[::3])
+        logits[random.integers(1, size)] = -np.inf
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / params.temperature)
+        order = np.lexsort((np.arange(size), -weights))
+        falling = weights[order]
+        keep = (np.cumsum(falling) - falling < params.top_p * weights.sum()) & (falling >= params.min_p)
+        found = Sampler(params, PROMPT, size).distribution(logits)
+        np.testing.assert_array_equal(found.ids, order[: keep.sum()])
+        np.testing.assert_array_equal(found.probabilities, falling[keep] / falling[keep].sum())
+
+
 def test_draws_follow_the_distribution() -> None:
     from scipy.stats import chisquare
 

@@ -304,7 +304,7 @@ def test_no_room_for_drafts() -> None:
         assert [(e.token_id, e.finish_reason) for e in events] == [(e.token_id, e.finish_reason) for e in expected]
 
 
-@pytest.mark.parametrize("bad", ["raises", "too many", "no such token", "shape"])
+@pytest.mark.parametrize("bad", ["raises", "too many", "no such token", "shape", "chances"])
 def test_a_bad_proposer_is_left_alone(bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     class Bad:
         asked = 0
@@ -313,8 +313,9 @@ def test_a_bad_proposer_is_left_alone(bad: str, capsys: pytest.CaptureFixture[st
             self.asked += 1
             if bad == "raises":
                 raise ZeroDivisionError("nobody is perfect")
-            tokens = {"too many": [1] * (k + 1), "no such token": [12], "shape": [1]}[bad]
-            return Draft(tokens, np.ones((1, 3), dtype=np.float32) if bad == "shape" else None)
+            tokens = {"too many": [1] * (k + 1), "no such token": [12], "shape": [1], "chances": [1]}[bad]
+            chances = [0.5, 0.5] if bad == "chances" else None
+            return Draft(tokens, np.ones((1, 3), dtype=np.float32) if bad == "shape" else None, chances)
 
         def forget(self, request_id: str) -> None:
             pass

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from speculation import Clock, CountingCache, Knowing, TableDecoder, answer
 
-from ruvllm_core.generate.depth import Costs
-from ruvllm_core.generate.request import SpeculationStats
+from ruvllm_core.generate.depth import Costs, Depth
+from ruvllm_core.generate.request import Request, SpeculationStats
 from ruvllm_core.generate.speculative import Speculator
+from ruvllm_core.protocols import Draft, FloatArray
 from ruvllm_core.testing import tiny
 
 TABLE = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
@@ -24,8 +25,26 @@ def cost(tokens: int) -> float:
     return PLAIN + 0.2 * (tokens - 1)
 
 
+class Telling(Knowing):
+    """Says how likely its tokens are, as `says` has it; asked for them it takes time even where it drafts none."""
+
+    says: Callable[[int], float]
+    least = 0.0
+
+    def propose(self, request: Request, token_ids: Sequence[int], k: int, hidden: FloatArray) -> Draft:
+        draft, done = super().propose(request, token_ids, k, hidden), len(token_ids) - len(request.prompt_ids)
+        likely = [self.says(done + n) for n in range(len(draft.tokens))]
+        count = int(np.cumprod([p >= self.least for p in likely]).sum())
+        return Draft(draft.tokens[:count], None, likely[:count])
+
+
 def run(
-    right: Callable[[int], float], cost: Callable[[int], float] = cost, seconds: float = 0.0, most: int = 8
+    right: Callable[[int], float],
+    cost: Callable[[int], float] = cost,
+    seconds: float = 0.0,
+    most: int = 8,
+    says: Callable[[int], float] | None = None,
+    least: float = 0.0,
 ) -> tuple[list[tuple[float, int]], SpeculationStats]:
     """When each token was there, and the size of the step it came from; drafted tokens take `seconds` each."""
     clock = Clock()
@@ -40,7 +59,9 @@ def run(
             super().commit(sequence)
             times.append((clock.now, self.lengths[sequence] - before))
 
-    knowing = Knowing({request.id: tokens}, right, clock, seconds, vocab_size=40)
+    knowing = (Knowing if says is None else Telling)({request.id: tokens}, right, clock, seconds, vocab_size=40)
+    if says is not None:
+        vars(knowing).update(says=says, least=least)
     events = answer(decoder, Watch(), request, Speculator(knowing, most, clock=clock))
     assert [event.token_id for event in events] == tokens
     assert knowing.forgotten == [request.id]
@@ -133,3 +154,49 @@ def test_costs_between_and_beyond_measurements() -> None:
     for _ in range(60):
         costs.add(9, 20.0)
     assert costs(np.array([9]))[0] == pytest.approx(20.0, rel=0.01)
+
+
+def test_a_draft_is_cut_where_a_token_more_takes_longer_than_it_is_worth() -> None:
+    """Against the definition: seconds a token of every length; and what comes later changes nothing."""
+    random, lengths = np.random.default_rng(0), set()
+    for _ in range(300):
+        likely = random.random(6) ** random.choice([0.2, 0.5, 1.0])
+        costs = 1.0 + np.cumsum([0.0, *random.random(6) * 0.4])
+        seconds = costs / np.cumsum([1.0, *np.cumprod(likely)])
+        expected = next((n for n in range(6) if seconds[n + 1] > seconds[n]), 6)
+        assert Depth().cut(likely.tolist(), costs.tolist()) == expected
+        if expected < 5:
+            assert Depth().cut([*likely[: expected + 1].tolist(), *[1.0] * (5 - expected)], costs.tolist()) == expected
+        lengths.add(expected)
+    assert lengths == set(range(7))
+
+
+def test_where_it_is_known_what_is_right_only_that_is_computed() -> None:
+    """Runs of six sure tokens and then six hopeless ones: each step is as long as what is sure of it."""
+
+    def chance(position: int) -> float:
+        return 0.97 if position // 6 % 2 else 0.03
+
+    times, stats = run(chance, says=chance)
+    assert stats.accepted > 0.83 * stats.proposed, "a wrong one takes those after it with it"
+    per_cycle = 6 * PLAIN + cost(7) - PLAIN  # six hopeless ones, of which the last comes with the six that are sure
+    assert times[-1][0] < 1.1 * TOKENS / 12 * per_cycle
+    _, blind = run(chance)
+    assert stats.tokens_per_step > 1.3 * blind.tokens_per_step
+
+
+def test_whoever_promises_too_much_is_believed_less() -> None:
+    times, stats = run(lambda position: 0.1, says=lambda position: 0.95)
+    assert times[-1][0] < 1.03 * TOKENS * PLAIN
+    assert stats.proposed < 100
+    times, stats = run(lambda position: 0.9, says=lambda position: 0.3)
+    late = [size for _, size in times[100:-2]]
+    assert np.median(late) >= 6, "and whoever promises too little, more"
+
+
+def test_asking_in_vain_is_left_off_for_a_while() -> None:
+    times, stats = run(lambda position: 0.0, says=lambda position: 0.1, seconds=0.02, least=0.3)
+    assert stats.proposed == 0
+    always = TOKENS * (PLAIN + 8 * 0.02)
+    assert times[-1][0] - TOKENS * PLAIN < 0.35 * (always - TOKENS * PLAIN)
+    assert stats.speedup_estimate is not None and stats.speedup_estimate > 0.93

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +15,8 @@ _GAIN = 1.05  # how many times as fast drafts must be expected to be
 _MEMORY = 20  # judged tokens that acceptance is a running mean of
 _TRIAL = 2  # tokens drafted to see whether it pays by now
 _PAUSES = (8, 64)  # steps to the next trial: after the first, and at most
+_SAVED, _SLOW = 0.15, 0.02  # steps that a draft is taken to save at first, and the weight of the newest measurement
+_TRUST = 0.05  # weight of the newest judgement in what is thought of a proposer that says how likely its tokens are
 
 Array = npt.NDArray[np.float64]
 
@@ -55,6 +59,7 @@ class Depth:
         self.best: int | None = None
         self._rate, self._judged = _PRIOR
         self._wait, self._pause = 0, 0
+        self._trust, self._saved = 1.0, _SAVED
 
     def choose(self, costs: Array) -> int:
         """The depth with the most tokens a second, or 0; `costs` ``[1 + most]`` are seconds by depth."""
@@ -81,6 +86,30 @@ class Depth:
         elif self._pause:
             self._wait = self._pause = min(2 * self._pause, _PAUSES[1])
             self.best = 0
+
+    def cut(self, likely: Sequence[float], costs: Sequence[float]) -> int:
+        """How many drafted tokens to compute: one more as long as that is expected to take less seconds a token.
+
+        Whether one is computed depends on none that comes after it, as what is drawn would otherwise depend on it.
+        """
+        tokens = chance = 1.0
+        for n, p in enumerate(likely):
+            chance *= min(self._trust * p, 1.0)
+            if costs[n + 1] * tokens > costs[n] * (tokens + chance):
+                return n
+            tokens += chance
+        return len(likely)
+
+    def judge(self, likely: Sequence[float], accepted: int, costs: Sequence[float], proposing: float) -> None:
+        """After a step with a draft, maybe an empty one, of a proposer that knows how likely its tokens are."""
+        self.best = None
+        for n, p in enumerate(likely[: accepted + 1]):
+            self._trust += _TRUST * ((n < accepted) - min(self._trust * p, 1.0))
+        saved = accepted - (costs[len(likely)] - costs[0] + proposing) / (costs[0] or 1.0)
+        self._saved += _SLOW * (max(saved, -1.0) - self._saved)
+        if self._saved < 0.0:
+            self._wait = self._pause = min(2 * self._pause or _PAUSES[0], _PAUSES[1])
+            self.best, self._saved = 0, _SAVED / 4
 
 
 def _worthwhile(seconds: Array) -> int:

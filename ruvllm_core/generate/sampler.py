@@ -12,7 +12,8 @@ from ruvllm_core.errors import GenerationError
 from ruvllm_core.generate.request import SamplingFields
 from ruvllm_core.protocols import FloatArray
 
-_HEAD = 1024
+_LIKELY = 1e-4  # of the likeliest token: what a nucleus is looked for in first
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,11 @@ class Sampler:
         Raises `GenerationError` if no token is possible.
         """
         adjusted = self.adjust(logits)
-        if not np.isfinite(adjusted.max()):  # the maximum of anything with a NaN in it is NaN
+        token = int(adjusted.argmax())
+        if not np.isfinite(adjusted[token]):  # the maximum of anything with a NaN in it is NaN
             raise GenerationError("the model's logits are NaN, infinite, or leave no token to choose")
         target = self.distribution(adjusted) if self._params.temperature > 0.0 else None
-        if target is None:
-            token = int(np.argmax(adjusted))
-        else:
+        if target is not None:
             token = pick(target, self._random.random) if pick else target.draw(self._random.random())
         self.count(token)
         logprob, likely = self._describe(adjusted, token) if self._params.logprobs is not None else (None, None)
@@ -121,28 +121,30 @@ class Sampler:
         """What a token is drawn from, for a temperature above 0; `adjusted` comes from `adjust`."""
         params = self._params
         # From the maximum down, so that no temperature is too small to divide by: -inf is a probability of 0.
+        scaled = np.subtract(adjusted, adjusted.max(), dtype=np.float64)
         with np.errstate(over="ignore"):
-            scaled = (adjusted.astype(np.float64) - adjusted.max()) / params.temperature
-        ids = self._most_likely(scaled)
-        weights = np.exp(scaled[ids] - scaled[ids[0]])
+            scaled /= params.temperature
+        every = np.exp(scaled)
+        total = every.sum() if params.top_p < 1.0 and not params.top_k else 0.0
+        ids = self._most_likely(scaled, every, total)
+        weights = every[ids]
         keep = weights >= params.min_p
         if params.top_p < 1.0:
-            total = weights.sum() if params.top_k else np.exp(scaled - scaled[ids[0]]).sum()
-            keep &= np.cumsum(weights) - weights < params.top_p * total
+            keep &= np.cumsum(weights) - weights < params.top_p * (total or weights.sum())
         count = max(int(np.count_nonzero(keep)), 1)  # both filters keep a beginning, and the first in any case
         return Distribution(ids[:count], weights[:count] / weights[:count].sum())
 
-    def _most_likely(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    def _most_likely(self, scaled: Array, weights: Array, total: float) -> npt.NDArray[np.int64]:
         """Token ids by falling score: all that any filter can keep, and no more sorted than needed."""
         params, size = self._params, len(scaled)
         if params.top_k:
             return _top(scaled, min(params.top_k, size))
-        if size > _HEAD and (params.top_p < 1.0 or params.min_p > 0.0):
-            weights, head = np.exp(scaled - scaled.max()), _top(scaled, _HEAD)
-            # Enough if the nucleus, or everything likely enough, lies in the head.
-            if weights[head].sum() >= params.top_p * weights.sum() or weights[head].min() < params.min_p:
-                return head
-        return _top(scaled, size)
+        # With the second at the latest, what is not looked at is less than half of what the nucleus leaves out.
+        for least in (_LIKELY, (1.0 - params.top_p) / 2 * total / size) if total else (0.0,):
+            likely = np.flatnonzero(weights >= max(least, params.min_p))
+            if weights[likely].sum() > (1.0 + params.top_p) / 2 * total:
+                break
+        return likely[np.argsort(-scaled[likely], kind="stable")]
 
     def _describe(self, adjusted: FloatArray, token: int) -> tuple[float, Mapping[int, float] | None]:
         logprobs, count = log_softmax(adjusted), min(self._params.logprobs or 0, len(adjusted))
@@ -160,5 +162,4 @@ def log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
 def _top(scores: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
     """The `count` ids of the highest scores, falling; ties by id, so that no order depends on how they were found."""
     ids = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
-    ordered: npt.NDArray[np.int64] = ids[np.lexsort((ids, -scores[ids]))].astype(np.int64)
-    return ordered
+    return np.asarray(ids[np.lexsort((ids, -scores[ids]))], dtype=np.int64)

@@ -49,7 +49,7 @@ class _Record:
     """What is known of a request: how far to draft for it, and what came of that.
 
     `seconds` is what some of its tokens took, `plain` what steps of one token would have taken for them, `proposing`
-    what the draft of this step took.
+    what the draft of this step took, `costs` what steps take by its depth.
     """
 
     depth: Depth = field(default_factory=Depth)
@@ -57,6 +57,7 @@ class _Record:
     seconds: float = 0.0
     plain: float = 0.0
     proposing: float = 0.0
+    costs: SequenceOf[float] = ()
 
 
 class Speculator:
@@ -73,7 +74,7 @@ class Speculator:
 
     def __init__(self, proposer: Proposer, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._proposer, self._most, self._clock = proposer, most, clock
-        self._steps, self._proposal_s, self._compared = Costs(), 0.0, 0
+        self._steps, self._proposal_s, self._compared, self._knows = Costs(), 0.0, 0, False
         self._records: dict[str, _Record] = {}
         self._mark = self._step_s = 0.0  # when the last call ended; what the last step took, 0 if it cannot be compared
 
@@ -83,9 +84,9 @@ class Speculator:
         record = self._records.setdefault(request.id, _Record())
         draft, self._mark, follows, record.proposing = NOTHING, began, record.proposing > 0, 0.0
         if (best := record.depth.best) is None and self._compared >= _FIRST:
-            depths = np.arange(self._most + 1)
-            costs = self._steps(sequences * (1 + depths)) + sequences * self._proposal_s * depths
-            best = record.depth.choose(costs)
+            costs = self._steps(sequences * (1 + (depths := np.arange(self._most + 1))))
+            record.costs, proposing = costs.tolist(), sequences * self._proposal_s * depths
+            best = self._most if self._knows else record.depth.choose(costs + proposing)
         wanted = min(best or 0, request.max_new_tokens - sequence.generated - 1)
         if wanted > 0 and sequence.hidden is not None:
             try:
@@ -95,6 +96,10 @@ class Speculator:
                 what = f"{type(error).__name__}: {error}"
                 _log.warning("drafting failed: this request goes on without", request=request.id, error=what)
                 draft, record.depth.best = NOTHING, 0
+            self._knows = draft.likely is not None
+            if draft.likely is not None:
+                keep, q = record.depth.cut(draft.likely, record.costs), draft.probabilities
+                draft = Draft(draft.tokens[:keep], None if q is None else q[:keep], draft.likely[:keep])
             self._mark = self._clock()
             record.proposing = self._mark - began
             if follows:  # the first one after a pause also takes in the text since the last
@@ -114,7 +119,10 @@ class Speculator:
         drafted = sequence.draft.tokens
         now, record = self._clock(), self._records.setdefault(sequence.request.id, _Record())
         right = [event.token_id == token for event, token in zip(drawn, drafted, strict=False)].count(True)
-        record.depth.learn(len(drafted), right)
+        if (likely := sequence.draft.likely) is not None:
+            record.depth.judge(likely, right, record.costs, sequences * record.proposing)
+        else:
+            record.depth.learn(len(drafted), right)
         if self._step_s and (plain := self._steps.seconds.get(sequences)) is not None:
             record.seconds += self._step_s + record.proposing + now - self._mark
             record.plain += len(drawn) * plain + now - self._mark
@@ -138,7 +146,10 @@ class Speculator:
 def _check(draft: Draft, wanted: int, vocab_size: int) -> None:
     """Raise `ValueError` for a draft that cannot be computed or judged."""
     tokens, q = draft.tokens, draft.probabilities
-    if len(tokens) > wanted or not all(0 <= token < vocab_size for token in tokens):
-        raise ValueError(f"expected up to {wanted} tokens below {vocab_size}, got {list(tokens)}")
+    likely = tokens if draft.likely is None else draft.likely
+    if not len(likely) == len(tokens) <= wanted or not all(0 <= token < vocab_size for token in tokens):
+        raise ValueError(
+            f"expected up to {wanted} tokens below {vocab_size}, got {list(tokens)}, {len(likely)} chances"
+        )
     if q is not None and q.shape != (len(tokens), vocab_size):
         raise ValueError(f"expected probabilities [{len(tokens)}, {vocab_size}], got {list(q.shape)}")

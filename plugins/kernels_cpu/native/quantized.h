@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t kAhead = 3072;                // bytes
+constexpr int64_t kAhead = 3072;                // bytes of planes
 
 // Quad i of a cell, for the rows of one part.
 template <int32_t S> static inline VI quad(const uint8_t* cell, int i, int part) {
@@ -83,7 +83,7 @@ static inline void dot_quads(const uint8_t* cell, int first, int part, const int
 // lie behind the last panel: no fault comes of it.
 template <int BYTES> static inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 8
-    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + kAhead + i, 0, 3);
+    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 // One panel with one tile of NT tokens: out[NT][kPanelRows]. TWO: with the second bytes of the activations.
@@ -91,16 +91,23 @@ template <int32_t S, int NT, bool TWO>
 static inline void panel_tile(const uint8_t* panel, int64_t cols, const Activations& x, int64_t t, float* out) {
     using P = Packed<S>;
     constexpr int quads = P::group / 4, groups = P::block / P::group;
+    constexpr int64_t planes = P::block / 32 * P::planes;  // of a block
+    const int64_t blocks = cols / P::block, ahead = least(blocks, (kAhead + planes - 1) / planes);
+    const int64_t panel_bytes = P::panel_bytes(cols);
     for (int part = 0; part < kParts; part++) {
         const uint8_t *cell = panel, *scales = panel + P::planes_bytes(cols);
         const int8_t *q = x.q + t * cols, *r = TWO ? x.r + t * cols : nullptr;
         const float *d = x.d + t * (cols / 32), *sums = P::group == 32 ? x.s32 + t * (cols / 32) : x.s16 + t * (cols / 16);
         V total[NT] = {};
-        for (int64_t b = 0; b < cols / P::block; b++, scales += P::scales) {
+        for (int64_t b = 0; b < blocks; b++, scales += P::scales) {
+            // What is wanted so many blocks later, of planes and of scales, is of the next panel towards the end of one.
+            const bool next = b + ahead >= blocks;
+            const int64_t soon = ahead * planes + (next ? panel_bytes - blocks * planes : 0);
+            prefetch<P::scales>(scales + ahead * P::scales + (next ? panel_bytes - blocks * P::scales : 0));
 #pragma GCC unroll 1
             for (int g = 0; g < groups; g++) {
                 const int first = P::group == 32 ? 0 : g % 2 * quads;
-                prefetch<P::planes * P::group / 32>(cell + first * 4 * kPanelRows);
+                prefetch<P::planes * P::group / 32>(cell + soon + first * 4 * kPanelRows);
                 V scale, minimum;
                 group_scales<S>(scales, g, part, scale, minimum);
                 VI dots[NT] = {};

@@ -17,6 +17,7 @@ from scipy.stats import chisquare
 
 from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import GenerateParams, Request
+from ruvllm_core.generate.speculative import Speculator
 from ruvllm_core.testing import tiny
 from ruvllm_sona.draft import DraftHead, DraftNetwork
 from ruvllm_sona.draft_ngrams import ORDERS, NGrams, Text
@@ -89,18 +90,23 @@ def test_repeatable_answers_are_those_without_drafts(
     assert not drafts._texts
 
 
+@pytest.mark.parametrize("a_token", [0.0, 0.15], ids=["all of it", "what pays"])
 @pytest.mark.parametrize("options", [{}, {"least": 0.3, "further": 0.5}], ids=["always", "if likely"])
 @pytest.mark.parametrize("make", list(HEADS.values())[1:], ids=list(HEADS)[1:])
 def test_sampled_answers_have_the_exact_distribution(
-    make: Callable[[], DraftHead | None], options: dict[str, float]
+    make: Callable[[], DraftHead | None], options: dict[str, float], a_token: float
 ) -> None:
-    """Chi-square of pairs of tokens that follow each other, against the table that they are drawn from."""
-    logits = table(VOCAB, 1.0)
-    decoder, cache = speculation.TableDecoder(logits), speculation.CountingCache()
-    drafts, counts = proposer(make(), **options), np.zeros((VOCAB, VOCAB))
+    """Chi-square of pairs of tokens that follow each other, against the table that they are drawn from.
+
+    Where a token takes time, of which a step without a draft takes 1, drafts are computed only as far as it pays.
+    """
+    logits, clock = table(VOCAB, 1.0), speculation.Clock()
+    decoder = speculation.TableDecoder(logits, clock, lambda tokens: 1.0 + a_token * (tokens - 1))
+    speculator = Speculator(proposer(make(), **options), 3, clock if a_token else speculation.Clock())
+    cache, counts = speculation.CountingCache(), np.zeros((VOCAB, VOCAB))
     for _ in range(40):
         request = tiny.tiny_request([1, 2, 3], 600, max_tokens=500, temperature=1.0, top_p=1.0)
-        events = speculation.answer(decoder, cache, request, speculation.eager(drafts, 3))
+        events = speculation.answer(decoder, cache, request, speculator)
         tokens = [3] + [event.token_id for event in events]
         np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
     stats = events[-1].speculation
@@ -123,11 +129,12 @@ def test_the_draft_says_what_it_was_drawn_from() -> None:
         draft = drafts.propose(request, [0, 1, 2], 1, hidden)
         assert draft.probabilities is not None and draft.probabilities.shape == (1, VOCAB)
         row = draft.probabilities[0].astype(np.float64)
+        assert draft.likely == pytest.approx([row.max()], rel=1e-5), "whatever was drawn"
         counts[draft.tokens[0]] += 1
     assert row.sum() == pytest.approx(1.0, abs=1e-5) and (row > 0).all()
     assert chisquare(counts, 6000 * row / row.sum()).pvalue > 1e-4
     certain = drafts.propose(tiny.tiny_request([1]), [0, 1, 2], 1, hidden)
-    assert certain.probabilities is None and len(certain.tokens) == 1
+    assert certain.probabilities is None and len(certain.tokens) == len(certain.likely or ()) == 1
 
 
 def test_a_head_against_torch() -> None:

@@ -162,30 +162,33 @@ class DraftNetwork:
     def __init__(self, head: DraftHead) -> None:
         self.head = head
         self._width, self._gates = head.mix.shape
+        self._places = {token: place for place, token in enumerate(head.vocabulary.tolist())}
 
     def first(self, hidden: FloatArray, newest: int, previous: int) -> FloatArray:
         """s ``[r]`` for the token after `newest`, which was drawn from `hidden` ``[C]``."""
-        return self._combine(self.head.state @ hidden + self.head.bias, newest, previous)
+        return self._combine(self.head.state.dot(hidden), self.head.bias, newest, previous)
 
     def next(self, s: FloatArray, newest: int, previous: int) -> FloatArray:
         """s ``[r]`` for the token after `newest`, which was drafted from `s`."""
-        return self._combine(self.head.again @ s + self.head.again_bias, newest, previous)
+        return self._combine(self.head.again.dot(s), self.head.again_bias, newest, previous)
 
     def logits(self, s: FloatArray) -> FloatArray:
         """Of the head's vocabulary ``[R]``."""
-        logits: FloatArray = self.head.output @ s + self.head.output_bias
+        logits: FloatArray = self.head.output.dot(s)  # NumPy's shortest way: after a step no code of it is near
+        logits += self.head.output_bias
         return logits
 
-    def _combine(self, a: FloatArray, newest: int, previous: int) -> FloatArray:
-        a += self.head.newest[self._place(newest)]
-        a += self.head.previous[self._place(previous)]
+    def place(self, token: int) -> int:
+        """Of a token in the head's vocabulary; -1 if it is not there."""
+        return self._places.get(token, -1)
+
+    def _combine(self, a: FloatArray, bias: FloatArray, newest: int, previous: int) -> FloatArray:
+        a += bias
+        a += self.head.newest[self.place(newest)]
+        a += self.head.previous[self.place(previous)]
         r, m = self._width, self._gates
         gate = a[r + m :]
         gated: FloatArray = a[r : r + m] * gate / (np.float32(1) + np.exp(-gate))
-        s: FloatArray = a[:r] + self.head.mix @ gated
+        s: FloatArray = self.head.mix.dot(gated)
+        s += a[:r]
         return s
-
-    def _place(self, token: int) -> int:
-        vocabulary = self.head.vocabulary
-        place = int(vocabulary.searchsorted(token))
-        return place if place < len(vocabulary) and vocabulary[place] == token else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,7 +57,7 @@ class SonaProposer:
         hidden_size: int,
         vocab_size: int,
         least: float = 0.25,
-        further: float = 0.4,
+        further: float = 0.3,
     ) -> None:
         self._heads, self._hidden_size, self._vocab_size = heads, hidden_size, vocab_size
         self._least, self._further = least, further
@@ -72,31 +73,33 @@ class SonaProposer:
         certain = request.params.repeatable or network is None
         recent, sure = list(token_ids[-max(ORDERS) :]), 1.0
         tokens: list[int] = []
-        rows: list[FloatArray] = []
+        chances: list[float] = []
+        rows: FloatArray | None = None
         s: FloatArray | None = None
-        while len(tokens) < k and sure >= self._further:
-            logits: FloatArray | None = None
-            if network is not None:
-                newest, previous = recent[-1], recent[-2:][0]
-                with np.errstate(all="ignore"):  # looked for below
+        with np.errstate(all="ignore"):  # looked for in every guess
+            while len(tokens) < k and sure >= self._further:
+                guess = _Guess()
+                if network is not None:
+                    newest, previous = recent[-1], recent[-2:][0]
                     s = network.first(hidden, newest, previous) if s is None else network.next(s, newest, previous)
-                    logits = network.logits(s)
-                if not np.isfinite(logits).all():
-                    self._give_up(request.params.user, network.head)
+                    guess = _Guess(network, network.logits(s), certain)
+                    if not guess.finite:
+                        self._give_up(request.params.user, network.head)
+                        break
+                for order, trust in zip(ORDERS, _TRUST, strict=True):
+                    if len(recent) >= order and guess.add(text, recent[-order:], trust):
+                        break
+                token, likely = guess.likeliest()
+                if not likely or (sure := sure * likely) < self._least:
                     break
-            guess = _Guess(None if network is None else network.head, logits, certain)
-            for order, trust in zip(ORDERS, _TRUST, strict=True):
-                if len(recent) >= order and guess.add(text, recent[-order:], trust):
-                    break
-            token, likely = guess.likeliest()
-            if not likely or (sure := sure * likely) < self._least:
-                break
-            if not certain:
-                token = guess.draw(self._random)
-                rows.append(guess.row(self._vocab_size))
-            tokens.append(token)
-            recent.append(token)
-        return Draft(tokens, np.stack(rows) if rows else None)
+                if not certain:
+                    token = guess.draw(self._random)
+                    rows = np.zeros((k, self._vocab_size), np.float32) if rows is None else rows
+                    guess.fill(rows[len(tokens)])
+                tokens.append(token)
+                chances.append(likely)
+                recent.append(token)
+        return Draft(tokens, None if rows is None else rows[: len(tokens)], chances)
 
     def forget(self, request_id: str) -> None:
         self._texts.pop(request_id, None)
@@ -133,38 +136,44 @@ class _Guess:
 
     Attributes:
         shares: of tokens, beside the network's part, which the head's vocabulary need not have.
+        finite: whether the network computed numbers.
     """
 
-    def __init__(self, head: DraftHead | None, logits: FloatArray | None, certain: bool) -> None:
-        self._head, self.shares = head, dict[int, float]()
-        self._q: FloatArray | None = None
-        if head is not None and logits is not None:
-            scaled = logits if certain else logits * np.float32(head.sharpness)
-            weights = np.exp(scaled - scaled.max())
-            self._q = weights / weights.sum()
+    def __init__(
+        self, network: DraftNetwork | None = None, logits: FloatArray | None = None, certain: bool = True
+    ) -> None:
+        self._network, self.shares, self.finite = network, dict[int, float](), True
+        self._best, self._unit = 0, 0.0  # the network's likeliest place, and what makes probabilities of its weights
+        if network is None or logits is None:
+            return
+        if not certain:
+            logits *= np.float32(network.head.sharpness)
+        self._best = int(logits.argmax())
+        logits -= logits[self._best]
+        self._weights: FloatArray = np.exp(logits, out=logits)
+        total = float(logits.sum())
+        self._unit, self.finite = 1.0 / total, math.isfinite(total)
 
     def add(self, text: Text, run: Sequence[int], trust: float) -> bool:
         """Mix in what followed `run` before; False if it is new. To be called with success at most once."""
         counts: dict[int, float] = {}
         for token in text.after(run):
             counts[token] = counts.get(token, 0) + _HERE
-        for token in self._head.ngrams.after(run) if self._head is not None else ():
+        for token in self._network.head.ngrams.after(run) if self._network is not None else ():
             counts[token] = counts.get(token, 0) + 1
         if not counts:
             return False
         total = sum(counts.values())
         trust *= total / (total + 1)
         self.shares = {token: trust * count / total for token, count in counts.items()}
-        if self._q is not None:
-            self._q *= np.float32(1 - trust)
+        self._unit *= 1.0 - trust
         return True
 
     def likeliest(self) -> tuple[int, float]:
         """The likeliest token and its probability; 0 if there is none."""
         best, most = 0, 0.0
-        if self._head is not None and self._q is not None:
-            place = int(self._q.argmax())
-            best, most = int(self._head.vocabulary[place]), float(self._q[place])
+        if self._network is not None:
+            best, most = int(self._network.head.vocabulary[self._best]), self._unit
         for token, share in self.shares.items():
             if (likely := share + self._of(token)) > most:
                 best, most = token, likely
@@ -172,28 +181,24 @@ class _Guess:
 
     def draw(self, random: np.random.Generator) -> int:
         """A token with its probability. Needs a network."""
-        assert self._head is not None and self._q is not None
-        where = random.random() * (sum(self.shares.values()) + float(self._q.sum()))
+        assert self._network is not None
+        total = np.cumsum(self._weights, dtype=np.float64)
+        where = random.random() * (sum(self.shares.values()) + self._unit * float(total[-1]))
         for token, share in self.shares.items():
             if where < share:
                 return token
             where -= share
-        total = np.cumsum(self._q, dtype=np.float64)
-        return int(self._head.vocabulary[min(int(total.searchsorted(where, side="right")), len(total) - 1)])
+        place = int(total.searchsorted(where / self._unit, side="right"))
+        return int(self._network.head.vocabulary[min(place, len(total) - 1)])
 
-    def row(self, vocab_size: int) -> FloatArray:
-        """All of it, float32 ``[V]``."""
-        assert self._head is not None and self._q is not None
-        row = np.zeros(vocab_size, dtype=np.float32)
-        row[self._head.vocabulary] = self._q
+    def fill(self, row: FloatArray) -> None:
+        """Put all of it into zeros ``[V]``. Needs a network."""
+        assert self._network is not None
+        row[self._network.head.vocabulary] = self._weights * np.float32(self._unit)
         for token, share in self.shares.items():
             row[token] += share
-        return row
 
     def _of(self, token: int) -> float:
         """The network's part of a token's probability."""
-        if self._head is None or self._q is None:
-            return 0.0
-        place = int(self._head.vocabulary.searchsorted(token))
-        known = place < len(self._q) and self._head.vocabulary[place] == token
-        return float(self._q[place]) if known else 0.0
+        place = -1 if self._network is None else self._network.place(token)
+        return self._unit * float(self._weights[place]) if place >= 0 else 0.0
