@@ -15,8 +15,9 @@ _GAIN = 1.05  # how many times as fast drafts must be expected to be
 _MEMORY = 20  # judged tokens that acceptance is a running mean of
 _TRIAL = 2  # tokens drafted to see whether it pays by now
 _PAUSES = (8, 64)  # steps to the next trial: after the first, and at most
-_SAVED, _SLOW = 0.15, 0.02  # steps that a draft is taken to save at first, and the weight of the newest measurement
-_TRUST = 0.05  # weight of the newest judgement in what is thought of a proposer that says how likely its tokens are
+# Steps that a draft is taken to save at first, and the weight of the newest measurement of that; the weight of the newest
+# judgement in what is thought of a proposer that says how likely its tokens are.
+_SAVED, _SLOW, _TRUST = 0.15, 0.02, 0.05
 
 Array = npt.NDArray[np.float64]
 
@@ -58,8 +59,7 @@ class Depth:
     def __init__(self) -> None:
         self.best: int | None = None
         self._rate, self._judged = _PRIOR
-        self._wait, self._pause = 0, 0
-        self._trust, self._saved = 1.0, _SAVED
+        self._wait, self._pause, self._trust, self._saved = 0, 0, 1.0, _SAVED
 
     def choose(self, costs: Array) -> int:
         """The depth with the most tokens a second, or 0; `costs` ``[1 + most]`` are seconds by depth."""

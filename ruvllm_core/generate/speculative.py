@@ -148,8 +148,6 @@ def _check(draft: Draft, wanted: int, vocab_size: int) -> None:
     tokens, q = draft.tokens, draft.probabilities
     likely = tokens if draft.likely is None else draft.likely
     if not len(likely) == len(tokens) <= wanted or not all(0 <= token < vocab_size for token in tokens):
-        raise ValueError(
-            f"expected up to {wanted} tokens below {vocab_size}, got {list(tokens)}, {len(likely)} chances"
-        )
+        raise ValueError(f"expected up to {wanted} tokens below {vocab_size}, got {list(tokens)}, {len(likely)} likely")
     if q is not None and q.shape != (len(tokens), vocab_size):
         raise ValueError(f"expected probabilities [{len(tokens)}, {vocab_size}], got {list(q.shape)}")

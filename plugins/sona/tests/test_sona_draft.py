@@ -129,12 +129,13 @@ def test_the_draft_says_what_it_was_drawn_from() -> None:
         draft = drafts.propose(request, [0, 1, 2], 1, hidden)
         assert draft.probabilities is not None and draft.probabilities.shape == (1, VOCAB)
         row = draft.probabilities[0].astype(np.float64)
-        assert draft.likely == pytest.approx([row.max()], rel=1e-5), "whatever was drawn"
+        assert draft.likely is None, "a drawn token is right less often than the likeliest"
         counts[draft.tokens[0]] += 1
     assert row.sum() == pytest.approx(1.0, abs=1e-5) and (row > 0).all()
     assert chisquare(counts, 6000 * row / row.sum()).pvalue > 1e-4
     certain = drafts.propose(tiny.tiny_request([1]), [0, 1, 2], 1, hidden)
     assert certain.probabilities is None and len(certain.tokens) == len(certain.likely or ()) == 1
+    assert 0.0 < certain.likely[0] <= 1.0
 
 
 def test_a_head_against_torch() -> None:

@@ -99,7 +99,8 @@ class SonaProposer:
                 tokens.append(token)
                 chances.append(likely)
                 recent.append(token)
-        return Draft(tokens, None if rows is None else rows[: len(tokens)], chances)
+        # A drawn token is right less often than the likeliest: of how often, the engine's own count knows more.
+        return Draft(tokens, None if rows is None else rows[: len(tokens)], chances if certain else None)
 
     def forget(self, request_id: str) -> None:
         self._texts.pop(request_id, None)
