@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _HORIZON = 20
-_ACTIONS = ("publish", "deep")
+_ACTIONS = ("publish", "deep", "distill")
 # Widths and heights of the SVG, in its own units.
 _WIDTH, _PANEL, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 150, 70, 20, 30, 24
 

@@ -20,9 +20,10 @@ from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import Deltas, linear_sites
-from ruvllm_sona.tenant import DEEP, Tenant
+from ruvllm_sona.tenant import DEEP, DISTILL, Tenant
 
 if TYPE_CHECKING:
+    from ruvllm_sona.distilling import LargeTeacher
     from ruvllm_sona.measure import NetworkMeasure
     from ruvllm_sona.network import Network
 
@@ -90,14 +91,43 @@ class Study:
         if last is None or last.deltas is None:
             tenant.audit.append("reject", actor="deep", note="held-out answers were told apart no better than before")
             return
-        verdict = yield from self.judge(last.deltas)
+        yield from self._replace(tenant, brain, last.deltas, covers, "deep", {"margin": last.best})
+
+    def distill(self, tenant: Tenant, large: LargeTeacher | None = None, steps: int = 100) -> Work[None]:
+        """Distil the adapters of all patterns, or another model, into the shared adapter (see `distilling`).
+
+        It is published if it has come nearer to its teachers and passes the gate. Yields a `DistillProgress` after
+        every step. Raises `LearningError` if there is nothing to distil.
+        """
+        brain = tenant.brain(SHARED)
+        yield from self._unless_changed(brain, self._distill(tenant, brain, large, steps))
+
+    def _distill(self, tenant: Tenant, brain: Brain, large: LargeTeacher | None, steps: int) -> Work[None]:
+        from ruvllm_sona.distilling import distilling
+
+        network, _ = yield from self._network()
+        last = yield from distilling(tenant, network, self._context, large, steps, self.elsewhere)
+        assert last.after is not None and last.deltas is not None
+        nearer = {"kl_before": last.before, "kl_after": last.after}
+        if last.after < last.before:
+            yield from self._replace(tenant, brain, last.deltas, brain.covers, "distill", nearer)
+        else:
+            note = f"from {last.before:.3g} to {last.after:.3g} nats a token: no nearer to the teacher"
+            tenant.audit.append("reject", actor="distill", predicted=nearer, note=note)
+        (tenant.folder / DISTILL).unlink(missing_ok=True)
+
+    def _replace(
+        self, tenant: Tenant, brain: Brain, deltas: Deltas, covers: int, actor: str, predicted: dict[str, float]
+    ) -> Work[None]:
+        """Publish what was trained beside the background loop, if it passes the gate."""
+        verdict = yield from self.judge(deltas)
         if verdict.passed and verdict.deltas is not None:
-            yield from self._publish(tenant, brain, verdict, covers, "deep", {"margin": last.best})
+            yield from self._publish(tenant, brain, verdict, covers, actor, predicted)
             brain.rebase(verdict.deltas)
             brain.life = object()  # the background loop begins again, on top of this
             yield from self.elsewhere(tenant.snapshot())
         else:
-            self._rejected(tenant, brain, verdict, "deep")
+            self._rejected(tenant, brain, verdict, actor)
 
     def _unless_changed(self, brain: Brain, work: Work[None]) -> Work[None]:
         """`work`, up to the moment at which somebody rolls `brain` back or has it forget: that must not be undone."""
@@ -165,7 +195,7 @@ class Study:
         before, deltas, life = brain.number, verdict.deltas, brain.life
         assert deltas is not None
         number = yield from self.elsewhere(lambda: brain.publish(deltas, verdict.record(), covers, life))
-        if actor == "deep":
+        if actor != "background":
             brain.put_back()  # what the background loop has in hand is not in this version
         brain.adopt(number, deltas, covers)
         tenant.bank.patterns[tenant.pattern_of(brain)].version = str(number)
