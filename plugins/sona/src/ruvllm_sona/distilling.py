@@ -121,7 +121,7 @@ def _check_model(large: LargeTeacher, context: LearningContext) -> str:
         raise _other_vocabulary(large.name, f"{sizes[0]} tokens instead of {sizes[1]}")
     if large.tokenizer is not None and context.tokenizer is not None:
         theirs, own = (
-            (one.token_bytes(token) for token in range(one.vocab_size)) for one in (large.tokenizer, context.tokenizer)
+            [one.token_bytes(token) for token in range(one.vocab_size)] for one in (large.tokenizer, context.tokenizer)
         )
         for token, (a, b) in enumerate(zip_longest(theirs, own)):
             if a != b:

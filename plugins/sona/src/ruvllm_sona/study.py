@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ruvllm_core.errors import LearningError
@@ -87,11 +88,11 @@ class Study:
                 yield from self.elsewhere(partial(save_progress, path, found, covers))
                 _log.info("deep training", user=tenant.name, epoch=found.epoch, margin=round(found.margin, 4))
             yield None
-        path.unlink(missing_ok=True)
         if last is None or last.deltas is None:
+            path.unlink(missing_ok=True)
             tenant.audit.append("reject", actor="deep", note="held-out answers were told apart no better than before")
             return
-        yield from self._replace(tenant, brain, last.deltas, covers, "deep", {"margin": last.best})
+        yield from self._replace(tenant, brain, last.deltas, covers, "deep", {"margin": last.best}, path)
 
     def distill(self, tenant: Tenant, large: LargeTeacher | None = None, steps: int = 100) -> Work[None]:
         """Distil the adapters of all patterns, or another model, into the shared adapter (see `distilling`).
@@ -108,19 +109,27 @@ class Study:
         network, _ = yield from self._network()
         last = yield from distilling(tenant, network, self._context, large, steps, self.elsewhere)
         assert last.after is not None and last.deltas is not None
-        nearer = {"kl_before": last.before, "kl_after": last.after}
-        if last.after < last.before:
-            yield from self._replace(tenant, brain, last.deltas, brain.covers, "distill", nearer)
-        else:
+        nearer, path = {"kl_before": last.before, "kl_after": last.after}, tenant.folder / DISTILL
+        if last.after >= last.before:
+            path.unlink(missing_ok=True)
             note = f"from {last.before:.3g} to {last.after:.3g} nats a token: no nearer to the teacher"
             tenant.audit.append("reject", actor="distill", predicted=nearer, note=note)
-        (tenant.folder / DISTILL).unlink(missing_ok=True)
+            return
+        yield from self._replace(tenant, brain, last.deltas, brain.covers, "distill", nearer, path)
 
     def _replace(
-        self, tenant: Tenant, brain: Brain, deltas: Deltas, covers: int, actor: str, predicted: dict[str, float]
+        self,
+        tenant: Tenant,
+        brain: Brain,
+        deltas: Deltas,
+        covers: int,
+        actor: str,
+        predicted: dict[str, float],
+        path: Path,
     ) -> Work[None]:
-        """Publish what was trained beside the background loop, if it passes the gate."""
+        """Publish what was trained beside the background loop, if it passes the gate; then `path` is not needed."""
         verdict = yield from self.judge(deltas)
+        path.unlink(missing_ok=True)
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, actor, predicted)
             brain.rebase(verdict.deltas)
