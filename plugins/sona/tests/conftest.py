@@ -6,24 +6,31 @@ import io
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from ruvllm_candle_like.backend import CandleBackend
+from ruvllm_core.cli.app import App
 from ruvllm_core.cli.main import main
 from ruvllm_core.generate.engine import Engine
 from ruvllm_core.generate.request import GenerateParams, Generation
 from ruvllm_core.log import configure_logging
-from ruvllm_core.protocols import Adapter, FeedbackResult, FloatArray, LearningContext
+from ruvllm_core.protocols import Adapter, FeedbackResult, FloatArray, LearningContext, LowRank
 from ruvllm_core.settings import Settings
 from ruvllm_core.testing import tiny
 from ruvllm_sona.audit import Entry, read_audit
+from ruvllm_sona.command_place import Place, open_place
 from ruvllm_sona.loop import SonaLoop
+from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
+from ruvllm_sona.sites import linear_sites
+from ruvllm_sona.study import Study
 
 T = TypeVar("T")
 PROMPT = tuple(tiny.TEXTS["c"][:8])
@@ -184,3 +191,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
     return folder
+
+
+@pytest.fixture
+def two_patterns(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Place]:
+    """Makes a user of a model, ann, with two patterns of prompts, an adapter for each, and wide limits of the gate."""
+    for name, value in (("SPECIALISE", "always"), ("MAX_PATTERNS", "2"), ("MAX_LOSS", "5"), ("MAX_KL", "5")):
+        monkeypatch.setenv(f"RUVLLM_PLUGINS__SONA__{name}", value)
+
+    def make(model: Path, rank: int = 1) -> Place:
+        place = open_place(App(), str(model), "ann", new=True)
+        rng, decoder, kinds = np.random.default_rng(0), None, (range(16, 24), range(96, 104))
+        given: Any = (place.model.spec, decoder, place.name, place.state_dir, place.settings, place.model.weights)
+        study = Study(LearningContext(*given, place.tokenizer), place.settings)
+        with place.tenant() as tenant:
+            for n in range(24):
+                prompt = tuple(rng.choice(kinds[n % 3 == 0], 6).tolist())
+                tenant.learn_later(tenant.remember(Example(f"r{n}", prompt, (1, 2), 0.5, time=1000.0 + n), None))
+            deque(tenant.maintain(study.elsewhere, study.judge), maxlen=0)
+            assert {one.count for one in tenant.bank.patterns.values()} == {16, 24}  # the first had all of them
+            for pattern in (0, 1):
+                brain, found = tenant.brain(pattern), {}
+                brain.pending.clear()
+                for site, (rows, columns) in linear_sites(place.model.spec).items():
+                    a, b = rng.normal(0, columns**-0.5, (rank, columns)), rng.normal(0, 0.2, (rows, rank))
+                    found[site] = LowRank(a.astype(np.float32), b.astype(np.float32))
+                brain.adopt(brain.publish(found, {}, tenant.log.last, brain.life), found, tenant.log.last)
+                brain.rebase(found)
+        study.close()
+        return place
+
+    return make

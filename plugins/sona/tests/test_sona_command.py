@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from ruvllm_core.cli.app import App
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.protocols import LearningContext, LowRank
 from ruvllm_sona import command_deep
+from ruvllm_sona.acceptance import Tally
 from ruvllm_sona.chain import entry_after
 from ruvllm_sona.command_place import Place, open_place
 from ruvllm_sona.frames import Record
@@ -333,6 +335,9 @@ def test_curves_are_what_the_logs_say() -> None:
     assert quality.points[20][1] == pytest.approx(0.95 * quality.points[19][1] + 0.05 * qualities[20])
     assert kl.points == ((10.0, 0.25),) and kl.limit == 0.2
     assert loss.points == norm.points == ()  # infinity is not drawn
+    drafts = [Tally(4.5, 25, 40, 10), Tally(29.0, 25, 30, 21)]
+    *others, right = curves(rated, [entry, other], {"kl": 0.2}, drafts)
+    assert len(others) == 4 and right.points == ((5.0, 0.25), (30.0, 0.7)) and right.axis() == (0.0, 1.0)
 
 
 def test_columns_are_as_high_as_values() -> None:
@@ -348,6 +353,7 @@ def test_plot(sona: Call, place: Place, tmp_path: Path, monkeypatch: pytest.Monk
     assert shown.code == 0
     for words in ("quality", "now 0.5\n", "KL to the base model", "now 0.05, at most 0.2", "█"):
         assert words in shown.out, shown.out
+    assert "drafted" not in shown.out
     svg, page = tmp_path / "a.svg", tmp_path / "a.html"
     assert sona("plot", *who, "--out", svg).out == f"{svg}\n"
     image = ElementTree.parse(svg).getroot()
@@ -355,6 +361,10 @@ def test_plot(sona: Call, place: Place, tmp_path: Path, monkeypatch: pytest.Monk
     assert image.tag == f"{space}svg"
     assert len(image.findall(f"{space}circle")) == 6 + 3 * 2
     assert len(image.findall(f"{space}polyline")) == 4
+    (place.folder / "acceptance.jsonl").write_text(json.dumps(asdict(Tally(time.time(), 25, 40, 10))))
+    assert "drafted tokens that were right, now 0.25\n" in sona("plot", *who).out
+    sona("plot", *who, "--out", svg)
+    assert len(ElementTree.parse(svg).getroot().findall(f"{space}polyline")) == 5
     sona("plot", *who, "--out", page)
     assert "<svg" in page.read_text() and "refresh" not in page.read_text()
     sona("plot", *who, "--out", tmp_path / "a.png").failed(2, ".svg nor in .html")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from ruvllm_core.cli.app import App
 from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import GenerateParams
-from ruvllm_core.protocols import Adapter, LearningContext, LowRank
+from ruvllm_core.protocols import Adapter, LowRank
 from ruvllm_core.testing import tiny as core
 from ruvllm_sona import command_distill
 from ruvllm_sona.command_place import Place, open_place
@@ -26,7 +25,6 @@ from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.network import Network
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites
-from ruvllm_sona.study import Study
 
 Call = Callable[..., Any]
 SPEC = core.tiny_spec()
@@ -145,28 +143,8 @@ KINDS = (range(16, 24), range(96, 104))  # of prompts: which tokens they are of
 
 
 @pytest.fixture
-def ann(clean_environment: None, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Place:
-    """A user with two patterns of prompts, an adapter for each, and wide limits of the gate."""
-    for name, value in (("SPECIALISE", "always"), ("MAX_PATTERNS", "2"), ("MAX_LOSS", "5"), ("MAX_KL", "5")):
-        monkeypatch.setenv(f"RUVLLM_PLUGINS__SONA__{name}", value)
-    place = open_place(App(), str(tiny), "ann", new=True)
-    rng, decoder = np.random.default_rng(0), None
-    given: Any = (place.model.spec, decoder, place.name, place.state_dir, place.settings, place.model.weights)
-    study = Study(LearningContext(*given, place.tokenizer), place.settings)
-    with place.tenant() as tenant:
-        for n in range(24):
-            prompt = tuple(rng.choice(KINDS[n % 2], 6).tolist())
-            tenant.learn_later(tenant.remember(Example(f"r{n}", prompt, (1, 2), 0.5, time=1000.0 + n), None))
-        deque(tenant.maintain(study.elsewhere, study.judge), maxlen=0)
-        assert set(tenant.bank.patterns) == {0, 1}
-        for pattern in (0, 1):
-            brain = tenant.brain(pattern)
-            found = some(10 + pattern, linear_sites(place.model.spec), 0.2)
-            brain.pending.clear()
-            brain.adopt(brain.publish(found, {}, tenant.log.last, brain.life), found, tenant.log.last)
-            brain.rebase(found)
-    study.close()
-    return place
+def ann(two_patterns: Callable[..., Place], tiny: Path) -> Place:
+    return two_patterns(tiny)
 
 
 def reference(place: Place, folder: Path, deltas: Mapping[str, LowRank]) -> Any:
@@ -219,7 +197,7 @@ def test_the_shared_adapter_comes_to_say_what_all_patterns_say(sona: Call, ann: 
     models = [reference(ann, tiny, deltas) for deltas in (shared[1], other[1], student)]
     before = far(models[0], models[1], taught[1])
     now = [far(models[2], models[pattern], taught[pattern]) for pattern in (0, 1)]
-    assert (now[1] + now[0])  / 2 < 0.85 * before / 2, (now, before)
+    assert (now[1] + now[0]) / 2 < 0.85 * before / 2, (now, before)
     kept = ann.deltas(1, None)  # the other pattern keeps its own
     assert kept[0] == other[0]
     for site, delta in other[1].items():
