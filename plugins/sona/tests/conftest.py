@@ -23,7 +23,7 @@ from ruvllm_core.generate.request import GenerateParams, Generation
 from ruvllm_core.log import configure_logging
 from ruvllm_core.protocols import Adapter, FeedbackResult, FloatArray, LearningContext, LowRank
 from ruvllm_core.settings import Settings
-from ruvllm_core.testing import tiny
+from ruvllm_core.testing import tiny as core
 from ruvllm_sona.audit import Entry, read_audit
 from ruvllm_sona.command_place import Place, open_place
 from ruvllm_sona.loop import SonaLoop
@@ -33,7 +33,7 @@ from ruvllm_sona.sites import linear_sites
 from ruvllm_sona.study import Study
 
 T = TypeVar("T")
-PROMPT = tuple(tiny.TEXTS["c"][:8])
+PROMPT = tuple(core.TEXTS["c"][:8])
 #: Limits of the gate for a model of random weights, whose anchors mean nothing to it.
 WIDE = {"max_loss": 5.0, "max_kl": 5.0, "drafts": False}
 
@@ -42,12 +42,12 @@ class Rig:
     """A tiny engine and its loop; learning is done in `idle`, and in the engine's own idle time."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        spec = tiny.tiny_spec()
-        weights = tiny.tiny_weights(spec)
-        self.decoder = tiny.tiny_decoder(spec, weights)
+        spec = core.tiny_spec()
+        weights = core.tiny_weights(spec)
+        self.decoder = core.tiny_decoder(spec, weights)
         options = SonaSettings(**{**WIDE, **settings})
         self.loop = SonaLoop(LearningContext(spec, self.decoder, "tiny", folder, options, weights))
-        model = tiny.tiny_engine(CandleBackend, self.decoder)
+        model = core.tiny_engine(CandleBackend, self.decoder)
         model._worker.close()  # so that it does not close the decoder when it goes
         parts = model._parts
         self.engine = Engine(
@@ -80,11 +80,11 @@ class Rig:
 
     def adapter(self, user: str = "", prompt: Sequence[int] = PROMPT) -> Adapter | None:
         """What a request would run with now."""
-        return self.on(lambda: self.loop.adapter(tiny.tiny_request(prompt, user=user)))
+        return self.on(lambda: self.loop.adapter(core.tiny_request(prompt, user=user)))
 
     def logits(self, user: str = "") -> FloatArray:
         adapter = self.adapter(user)
-        return self.on(lambda: tiny.whole(self.decoder, tiny.TEXTS["b"], adapter=adapter))
+        return self.on(lambda: core.whole(self.decoder, core.TEXTS["b"], adapter=adapter))
 
     def number(self, user: str = "") -> int:
         return self.on(lambda: self.loop.tenant(user).brain(0).number)

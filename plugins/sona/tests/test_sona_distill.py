@@ -229,8 +229,8 @@ def test_the_command_goes_on_where_it_was_stopped(
     again = open_place(App(), str(tiny), "ann")
     assert (again.folder / "distill.safetensors").exists()
     assert again.deltas(0, None)[0] == expected[0] - 1
-    other = sona(*who[:-1], 3, "--json")  # of other steps it is another one, which begins anew
-    assert "goes on" not in other.err
+    anew = sona(*who[:-1], 3, "--json")  # of other steps it is another one, which begins anew
+    assert "goes on" not in anew.err
     monkeypatch.setattr(command_distill, "_line", interrupted)
     shutil.rmtree(tmp_path / "again")
     shutil.copytree(tmp_path / "cache", tmp_path / "again")
@@ -246,32 +246,31 @@ def test_the_command_goes_on_where_it_was_stopped(
     assert not (again.folder / "distill.safetensors").exists()
 
 
-def larger(folder: Path, tiny: Path, **changes: Any) -> Path:
-    """Another random model with the tokenizer of the tiny one."""
+def other(folder: Path, tiny: Path, changed: Mapping[str, torch.Tensor] | None = None, **changes: Any) -> Path:
+    """Another model with the tokenizer of the tiny one: random weights but for those given, and layers of no effect."""
     import transformers
 
     torch.manual_seed(11)
-    config = transformers.LlamaConfig.from_pretrained(tiny, hidden_size=96, num_hidden_layers=3, **changes)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return with_tokenizer(folder, tiny)
-
-
-def with_tokenizer(folder: Path, tiny: Path) -> Path:
+    config = transformers.LlamaConfig.from_pretrained(tiny, **changes)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if changed is not None and name in changed:
+                weight.copy_(changed[name])
+            elif changed is not None and name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / name, folder)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["tuned", "larger"])
-def test_another_model_teaches(sona: Call, ann: Place, tiny: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("layers", [2, 3])
+def test_another_model_teaches(sona: Call, ann: Place, tiny: Path, tmp_path: Path, layers: int) -> None:
     import transformers
 
-    folder = tmp_path / "teacher"
-    if kind == "larger":
-        larger(folder, tiny)
-    else:
-        reference(ann, tiny, some(5, linear_sites(ann.model.spec), 0.2)).float().save_pretrained(folder)
-        with_tokenizer(folder, tiny)
+    tuned = dict(reference(ann, tiny, some(5, linear_sites(ann.model.spec), 0.2)).named_parameters())
+    folder = other(tmp_path / "teacher", tiny, tuned, num_hidden_layers=layers)
     number, begin = ann.deltas(0, None)
     found = sona("distill", ann.name, "--user", "ann", "--teacher", folder, "--steps", 40, "--json").json
     assert found["published"] and found["version"] == number + 1 and found["after"] < found["before"]
@@ -279,7 +278,7 @@ def test_another_model_teaches(sona: Call, ann: Place, tiny: Path, tmp_path: Pat
     rng = np.random.default_rng(8)
     unseen = [rng.choice(KINDS[n % 2], 6).tolist() for n in range(12)]
     before, now = (far(reference(ann, tiny, one), teacher, unseen) for one in (begin, ann.deltas(0, None)[1]))
-    assert now < (0.8 if kind == "tuned" else 0.99) * before, (now, before)  # a random model is no easy teacher
+    assert now < 0.8 * before, (now, before)
 
 
 def test_what_does_not_pass_the_gate_is_not_published(sona: Call, ann: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,9 +306,9 @@ def test_what_comes_no_nearer_is_not_published(sona: Call, ann: Place, monkeypat
 def test_where_there_is_nothing_to_distil(sona: Call, ann: Place, tiny: Path, tmp_path: Path) -> None:
     who, before = (ann.name, "--user", "ann"), files(ann)
     sona("distill", *who, "--teacher", tiny).failed(1, "nothing to distil", "is the model itself")
-    sizes = larger(tmp_path / "sizes", tiny, vocab_size=300)
+    sizes = other(tmp_path / "sizes", tiny, vocab_size=300)
     sona("distill", *who, "--teacher", sizes).failed(1, "another vocabulary", "300 tokens instead of 259")
-    words = larger(tmp_path / "words", tiny)
+    words = other(tmp_path / "words", tiny)
     text = json.loads((words / "tokenizer.json").read_text())
     vocab = text["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]

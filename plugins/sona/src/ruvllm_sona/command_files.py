@@ -135,9 +135,7 @@ def _chosen(
         number, deltas = place.deltas(pattern, number)
         return f"version {number}", deltas, {"version": number}
     if pattern or number is not None:
-        raise click.UsageError(
-            "--patterns takes what is in force of all patterns: leave --pattern and --version out"
-        )
+        raise click.UsageError("--patterns takes what is in force of all patterns: leave --pattern and --version out")
     from ruvllm_sona.pattern_merge import merge_patterns
 
     merged = merge_patterns(place, how, rank)

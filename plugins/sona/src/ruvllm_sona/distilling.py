@@ -44,7 +44,7 @@ class LargeTeacher:
 
 def distilling(
     tenant: Tenant,
-    student: Network,
+    network: Generator[object, None, tuple[Network, object]],
     context: LearningContext,
     large: LargeTeacher | None,
     steps: int,
@@ -53,23 +53,33 @@ def distilling(
     """Distil into an adapter of `tenant`; yields every progress among other things, and returns the last.
 
     It starts from the shared pattern's version in force. What has been done is put on the disk, and the next call that
-    asks for the same goes on from there. Raises `LearningError` if there is nothing to distil.
+    asks for the same goes on from there.
+
+    Args:
+        network: makes the student's, when it is known that there is something to distil.
+        large: the teacher; None is the adapters of all patterns.
+        elsewhere: has work done by a thread that may wait for the disk.
+
+    Raises `LearningError` if there is nothing to distil.
     """
     prompts = yield from _prompts(tenant)
     config, brain = DistillConfig(steps=steps), tenant.brain(SHARED)
     versions = {pattern: tenant.brain(pattern).number for pattern in sorted(prompts)}
     if large is None:
         _check_patterns(tenant, prompts)
+        told = json.dumps(versions)
+    else:
+        told = _check_model(large, context)
+    student, _ = yield from network
+    if large is None:
         teachers = [
             Teacher(student, tenant.brain(pattern).versions.load(number) or None, prompts[pattern])
             for pattern, number in versions.items()
         ]
-        told = json.dumps(versions)
     else:
-        told = _check_model(large, context)
-        network = yield from elsewhere(partial(Network, large.spec, large.weights))
-        yield from network.load()
-        teachers = [Teacher(network, None, [prompt for one in prompts.values() for prompt in one])]
+        taught = yield from elsewhere(partial(Network, large.spec, large.weights))
+        yield from taught.load()
+        teachers = [Teacher(taught, None, [prompt for one in prompts.values() for prompt in one])]
     key = _key(told, brain.number, steps, sorted(prompts.items()))
     path, last = tenant.folder / DISTILL, None
     resume = yield from elsewhere(partial(load_distilled, path, key))

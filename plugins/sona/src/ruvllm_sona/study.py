@@ -106,14 +106,14 @@ class Study:
     def _distill(self, tenant: Tenant, brain: Brain, large: LargeTeacher | None, steps: int) -> Work[None]:
         from ruvllm_sona.distilling import distilling
 
-        network, _ = yield from self._network()
-        last = yield from distilling(tenant, network, self._context, large, steps, self.elsewhere)
+        last = yield from distilling(tenant, self._network(), self._context, large, steps, self.elsewhere)
         assert last.after is not None and last.deltas is not None
         nearer, path = {"kl_before": last.before, "kl_after": last.after}, tenant.folder / DISTILL
         if last.after >= last.before:
             path.unlink(missing_ok=True)
             note = f"from {last.before:.3g} to {last.after:.3g} nats a token: no nearer to the teacher"
-            tenant.audit.append("reject", actor="distill", predicted=nearer, note=note)
+            number = str(brain.number)
+            tenant.audit.append("reject", actor="distill", before=number, after=number, predicted=nearer, note=note)
             return
         yield from self._replace(tenant, brain, last.deltas, brain.covers, "distill", nearer, path)
 
