@@ -14,7 +14,7 @@ from ruvllm_core.generate.request import GenerateParams
 from ruvllm_core.protocols import Adapter
 from ruvllm_core.testing import tiny
 from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
-from ruvllm_sona.drawing import draw_answer
+from ruvllm_sona.drawing import draw_answers
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.measure import NetworkMeasure
 from ruvllm_sona.network import Network
@@ -109,13 +109,15 @@ def test_scores_are_those_of_the_decoder() -> None:
 
 def test_drawing_is_what_the_engine_would_say() -> None:
     decoder, adapter = tiny.tiny_decoder(SPEC, WEIGHTS), tiny.tiny_adapter(SPEC)
-    params, prompt = GenerateParams(max_tokens=6, temperature=0.0), tiny.TEXTS["a"][:5]
-    found = deque(draw_answer(decoder, adapter, prompt, params, frozenset()), maxlen=1)[0]
-    text = list(prompt)
-    for token in found:
-        assert token == int(np.argmax(tiny.whole(decoder, text, 11, adapter)[-1]))
-        text.append(token)
-    assert len(found) == 6
+    prompts = [tiny.TEXTS["a"][:5], tiny.TEXTS["b"][:40], tiny.TEXTS["c"][:1]]
+    params = [GenerateParams(max_tokens=length, temperature=0.0) for length in (6, 3, 9)]
+    found = deque(draw_answers(decoder, adapter, prompts, params, frozenset()), maxlen=1)[0]
+    for prompt, answer, length in zip(prompts, found, (6, 3, 9), strict=True):
+        text = list(prompt)
+        for token in answer:
+            assert token == int(np.argmax(tiny.whole(decoder, text, len(prompt) + length, adapter)[-1]))
+            text.append(token)
+        assert len(answer) == length
 
 
 def test_it_is_done_in_slices() -> None:

@@ -20,7 +20,7 @@ from ruvllm_core.testing import tiny as core
 from ruvllm_sona import command_distill
 from ruvllm_sona.command_place import Place, open_place
 from ruvllm_sona.distill import DistillConfig, DistillProgress, Teacher, distill, divergence
-from ruvllm_sona.drawing import draw_answer
+from ruvllm_sona.drawing import draw_answers
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.network import Network
 from ruvllm_sona.records import Example
@@ -52,9 +52,9 @@ def network() -> Network:
 def drawer(length: int = 8) -> Callable[..., Any]:
     decoder = core.tiny_decoder(SPEC, WEIGHTS)
 
-    def draw(deltas: Mapping[str, LowRank], prompt: Sequence[int], seed: int) -> Any:
-        params = GenerateParams(max_tokens=length, temperature=1.0, top_p=1.0, seed=seed)
-        return draw_answer(decoder, Adapter("s", deltas), prompt, params, frozenset())
+    def draw(deltas: Mapping[str, LowRank], prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Any:
+        params = [GenerateParams(max_tokens=length, temperature=1.0, top_p=1.0, seed=seed) for seed in seeds]
+        return draw_answers(decoder, Adapter("s", deltas), prompts, params, frozenset())
 
     return draw
 

@@ -25,8 +25,8 @@ from ruvllm_sona.score import stack_of
 from ruvllm_sona.sites import Deltas, start
 from ruvllm_sona.update import Pass
 
-#: Draws an answer to a prompt with an adapter and a seed; yields None between slices, and its tokens at last.
-Draw = Callable[[Deltas, Sequence[int], int], Iterator[Sequence[int] | None]]
+#: Draws an answer to each prompt with an adapter and a seed each; yields None between slices, and all of them at last.
+Draw = Callable[[Deltas, Sequence[Sequence[int]], Sequence[int]], Iterator[Sequence[Sequence[int]] | None]]
 _PIECE = 1 << 20  # logits that are looked at in one slice
 
 
@@ -115,17 +115,16 @@ def distill(
     else:
         learner.restore(_first(begin or {}, shapes, config.learner))
         done, kl = 0, 0.0
-        before = yield from _divergence(student, learner.deltas(), teachers, held, draw, config.seed)
+        before = yield from _divergence(student, learner.deltas(), teachers, held, draw, config)
     ends = np.cumsum([len(prompts) for prompts in train])
     for step in range(done + 1, config.steps + 1):
         random = np.random.default_rng((config.seed, step))
         which = int(np.searchsorted(ends, random.integers(ends[-1]), side="right"))
         teacher, prompts = teachers[which], train[which]
         chosen = random.choice(len(prompts), min(config.batch, len(prompts)), replace=False)
-        deltas, examples = learner.deltas(), []
-        for one in chosen.tolist():
-            answer = yield from _drawn(draw, deltas, prompts[one], int(random.integers(2**31)))
-            examples.append(Example("", prompts[one], answer, 0.5))
+        asked, seeds = [prompts[one] for one in chosen], random.integers(2**31, size=len(chosen)).tolist()
+        answers = yield from _drawn(draw, learner.deltas(), asked, seeds)
+        examples = [Example("", prompt, answer, 0.5) for prompt, answer in zip(asked, answers, strict=True)]
         reference = teacher.network, stack_of(teacher.network, teacher.deltas)
         for outcome in learner.step(student, examples, [0.0] * len(examples), reference):
             kl = float(outcome.kl.mean()) if outcome is not None else kl
@@ -133,7 +132,7 @@ def distill(
         if step < config.steps:
             yield DistillProgress(step, kl, before, state=None if step % config.keep else learner.state())
     deltas = learner.deltas()
-    after = yield from _divergence(student, deltas, teachers, held, draw, config.seed)
+    after = yield from _divergence(student, deltas, teachers, held, draw, config)
     yield DistillProgress(max(done, config.steps), kl, before, after, deltas, learner.state())
 
 
@@ -165,15 +164,17 @@ def _first(begin: Deltas, shapes: Mapping[str, tuple[int, int]], config: Learner
     return state
 
 
-def _drawn(draw: Draw, deltas: Deltas, prompt: Sequence[int], seed: int) -> Generator[None, None, tuple[int, ...]]:
-    answer: Sequence[int] | None = None
-    for answer in draw(deltas, prompt, seed):  # noqa: B007
+def _drawn(
+    draw: Draw, deltas: Deltas, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+) -> Generator[None, None, list[tuple[int, ...]]]:
+    answers: Sequence[Sequence[int]] | None = None
+    for answers in draw(deltas, prompts, seeds):  # noqa: B007
         yield None
-    if not answer:
+    if not answers or not all(answers):
         raise LearningError(
-            f"the student has no room to answer a prompt of {len(prompt)} tokens", hint="set max_context higher"
+            f"the student cannot answer a prompt of {max(map(len, prompts))} tokens", hint="set max_context higher"
         )
-    return tuple(answer)
+    return [tuple(answer) for answer in answers]
 
 
 def _divergence(
@@ -182,15 +183,18 @@ def _divergence(
     teachers: Sequence[Teacher],
     held: Sequence[Sequence[tuple[int, ...]]],
     draw: Draw,
-    seed: int,
+    config: DistillConfig,
 ) -> Generator[None, None, float]:
     """Mean KL(student ‖ teacher), nats a token, over answers that the student draws to held-out prompts."""
     found: list[float] = []
     for teacher, prompts in zip(teachers, held, strict=True):
-        for prompt in prompts:
-            answer = yield from _drawn(draw, deltas, prompt, seed + len(found))
-            kl = yield from divergence((student, deltas), (teacher.network, teacher.deltas), prompt, answer)
-            found.append(float(kl.mean()))
+        for at in range(0, len(prompts), config.batch):
+            asked = prompts[at : at + config.batch]
+            seeds = range(config.seed + len(found), config.seed + len(found) + len(asked))
+            answers = yield from _drawn(draw, deltas, asked, seeds)
+            for prompt, answer in zip(asked, answers, strict=True):
+                kl = yield from divergence((student, deltas), (teacher.network, teacher.deltas), prompt, answer)
+                found.append(float(kl.mean()))
     return float(np.mean(found))
 
 

@@ -16,7 +16,7 @@ from ruvllm_core.generate.request import GenerateParams
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import Adapter, LearningContext, Weights
 from ruvllm_sona.distill import DistillConfig, DistillProgress, Teacher, distill
-from ruvllm_sona.drawing import draw_answer
+from ruvllm_sona.drawing import draw_answers
 from ruvllm_sona.files import load_tensors, save_tensors
 from ruvllm_sona.fingerprint import Fingerprint
 from ruvllm_sona.network import Network
@@ -152,12 +152,12 @@ def _other_vocabulary(name: str, what: str) -> LearningError:
 
 
 def _draw(
-    context: LearningContext, deltas: Deltas, prompt_ids: Sequence[int], seed: int
-) -> Iterator[Sequence[int] | None]:
-    """An answer by the model with an adapter, from its whole distribution at temperature 1."""
+    context: LearningContext, deltas: Deltas, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+) -> Iterator[Sequence[Sequence[int]] | None]:
+    """Answers by the model with an adapter, from its whole distribution at temperature 1."""
     ends = context.tokenizer.eos_ids if context.tokenizer is not None else frozenset()
-    params = GenerateParams(max_tokens=_ANSWER, temperature=1.0, top_p=1.0, top_k=0, seed=seed)
-    return draw_answer(context.decoder, Adapter("distilled", deltas), prompt_ids, params, ends)
+    params = [GenerateParams(max_tokens=_ANSWER, temperature=1.0, top_p=1.0, top_k=0, seed=seed) for seed in seeds]
+    return draw_answers(context.decoder, Adapter("distilled", deltas), prompts, params, ends)
 
 
 def _key(*parts: object) -> str:
