@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class DistillConfig:
         batch: answers to one of them, all of one teacher.
         keep: steps from one state to resume from to the next.
         held_out: share of each teacher's prompts that it is measured by.
-        most_held: of all teachers together.
+        measured: answers to these, of all teachers together.
         seed: of everything that is drawn.
     """
 
@@ -49,7 +50,7 @@ class DistillConfig:
     batch: int = 4
     keep: int = 10
     held_out: float = 0.15
-    most_held: int = 12
+    measured: int = 12
     seed: int = 0
 
 
@@ -139,13 +140,16 @@ def distill(
 def _split(
     teachers: Sequence[Teacher], config: DistillConfig
 ) -> tuple[list[list[tuple[int, ...]]], list[list[tuple[int, ...]]]]:
-    """Prompts of each teacher to learn from, and others to measure by; with too few of them, all are both."""
+    """Prompts of each teacher to learn from, and others to measure by, the latter again and again if they are few.
+
+    A teacher of one prompt has it in both.
+    """
     random = np.random.default_rng((config.seed, 0))
-    train, held = [], []
+    train, held, answers = [], [], max(config.measured // len(teachers), 1)
     for teacher in teachers:
         prompts = [tuple(teacher.prompts[i]) for i in random.permutation(len(teacher.prompts)).tolist()]
-        count = min(max(round(config.held_out * len(prompts)), 1), max(config.most_held // len(teachers), 1))
-        held.append(prompts[:count])
+        count = min(max(round(config.held_out * len(prompts)), 1), answers)
+        held.append(list(islice(cycle(prompts[:count]), answers)))
         train.append(prompts[count:] or prompts)
     return train, held
 
