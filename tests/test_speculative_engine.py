@@ -81,15 +81,16 @@ class DraftingLoop:
     wants_hidden = False
     sizes: list[int]
     forgotten: list[str]
+    seen: list[Any]
 
     def __init__(self, context: Any) -> None:
-        DraftingLoop.sizes, DraftingLoop.forgotten = [], []
+        DraftingLoop.sizes, DraftingLoop.forgotten, DraftingLoop.seen = [], [], []
 
     def adapter(self, request: Request) -> None:
         return None
 
     def observe(self, trajectory: Any) -> None:
-        pass
+        self.seen.append(trajectory)
 
     def tick(self, budget_s: float) -> bool:
         return False
@@ -135,6 +136,8 @@ def test_a_learned_proposer_gets_the_hidden_state(plain: dict[str, tuple[int, ..
         assert DraftingLoop.sizes and set(DraftingLoop.sizes) == {engine.spec.hidden_size}
         assert DraftingLoop.forgotten == [answer.request_id]
     assert DraftingLoop.forgotten[-1] == "all"
+    assert answer.speculation is not None and answer.speculation.proposed > 0
+    assert [one.speculation for one in DraftingLoop.seen] == [answer.speculation]
 
 
 @needs_model

@@ -95,6 +95,7 @@ class Answer:
             logprobs=None if done.logprobs is None else np.array(done.logprobs, dtype=np.float32),
             hidden=np.stack(hidden) if hidden else None,
             drawn_from=tuple(event.drawn_from for event in self._events if event.drawn_from is not None),
+            speculation=done.speculation,
         )
 
     def _end(self) -> str:

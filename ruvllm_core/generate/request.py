@@ -236,6 +236,7 @@ class Trajectory:
         hidden: float32 ``[n, C]``, the state each token was drawn from, before any adapter, or None.
         drawn_from: the likeliest of what each token was drawn from (see `TokenEvent`); empty if greedy or not recorded.
         adapter_version: of the adapter it ran with, or None for the base model.
+        speculation: what came of drafts, or None if none were made.
     """
 
     request_id: str
@@ -248,6 +249,7 @@ class Trajectory:
     logprobs: npt.NDArray[np.float32] | None = None
     hidden: npt.NDArray[np.float32] | None = None
     drawn_from: tuple[Distribution, ...] = ()
+    speculation: SpeculationStats | None = None
 
 
 _numbers = itertools.count(1)

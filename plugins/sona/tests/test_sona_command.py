@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,11 +16,10 @@ import numpy as np
 import pytest
 
 from ruvllm_core.cli.app import App
-from ruvllm_core.cli.main import main
-from ruvllm_core.log import configure_logging
 from ruvllm_core.model.gguf import GGUFFile
 from ruvllm_core.protocols import LearningContext, LowRank
 from ruvllm_sona import command_deep
+from ruvllm_sona.acceptance import Tally
 from ruvllm_sona.chain import entry_after
 from ruvllm_sona.command_place import Place, open_place
 from ruvllm_sona.frames import Record
@@ -36,88 +33,8 @@ from ruvllm_sona.tenant import Tenant
 SITES = ("layers.0.attn.q", "layers.1.mlp.down")
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-    def failed(self, code: int, *words: str) -> None:
-        assert (self.code, self.out) == (code, ""), self.err
-        assert "Traceback" not in self.err
-        for word in words:
-            assert word in " ".join(self.err.split()), self.err
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in list(os.environ):
-        if name.upper().startswith("RUVLLM_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("RUVLLM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("RUVLLM_LOG_LEVEL", "error")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(os, "nice", lambda _: 0)  # it would last for all tests to come
-    yield
-    configure_logging("warning")
-
-
-@pytest.fixture
-def sona(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Calls ``ruvllm sona`` in this process."""
-
-    def call(*args: object, stdin: str = "", group: str = "sona") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([group, *map(str, args)])
-        captured = capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return Result(end.value.code, captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama whose tokens are bytes, and "ab"."""
-    import torch
-    import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=259,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=257,
-        eos_token_id=258,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({**{letter: n for n, letter in enumerate(alphabet)}, "ab": 256}, [("a", "b")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    facts = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-    return folder
+Call = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def deltas(place: Place, seed: int, size: float = 0.02) -> dict[str, LowRank]:
@@ -418,6 +335,9 @@ def test_curves_are_what_the_logs_say() -> None:
     assert quality.points[20][1] == pytest.approx(0.95 * quality.points[19][1] + 0.05 * qualities[20])
     assert kl.points == ((10.0, 0.25),) and kl.limit == 0.2
     assert loss.points == norm.points == ()  # infinity is not drawn
+    drafts = [Tally(4.5, 25, 40, 10), Tally(29.0, 25, 30, 21)]
+    *others, right = curves(rated, [entry, other], {"kl": 0.2}, drafts)
+    assert len(others) == 4 and right.points == ((5.0, 0.25), (30.0, 0.7)) and right.axis() == (0.0, 1.0)
 
 
 def test_columns_are_as_high_as_values() -> None:
@@ -433,6 +353,7 @@ def test_plot(sona: Call, place: Place, tmp_path: Path, monkeypatch: pytest.Monk
     assert shown.code == 0
     for words in ("quality", "now 0.5\n", "KL to the base model", "now 0.05, at most 0.2", "█"):
         assert words in shown.out, shown.out
+    assert "drafted" not in shown.out
     svg, page = tmp_path / "a.svg", tmp_path / "a.html"
     assert sona("plot", *who, "--out", svg).out == f"{svg}\n"
     image = ElementTree.parse(svg).getroot()
@@ -440,6 +361,10 @@ def test_plot(sona: Call, place: Place, tmp_path: Path, monkeypatch: pytest.Monk
     assert image.tag == f"{space}svg"
     assert len(image.findall(f"{space}circle")) == 6 + 3 * 2
     assert len(image.findall(f"{space}polyline")) == 4
+    (place.folder / "acceptance.jsonl").write_text(json.dumps(asdict(Tally(time.time(), 25, 40, 10))))
+    assert "drafted tokens that were right, now 0.25\n" in sona("plot", *who).out
+    sona("plot", *who, "--out", svg)
+    assert len(ElementTree.parse(svg).getroot().findall(f"{space}polyline")) == 5
     sona("plot", *who, "--out", page)
     assert "<svg" in page.read_text() and "refresh" not in page.read_text()
     sona("plot", *who, "--out", tmp_path / "a.png").failed(2, ".svg nor in .html")

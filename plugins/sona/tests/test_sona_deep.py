@@ -1,4 +1,4 @@
-"""Deep training and distillation: they learn what they are told, stop, come back, and say what they lack."""
+"""Deep training: it learns what it is told, stops, comes back, and says what it lacks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 
 from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import GenerateParams
-from ruvllm_core.protocols import Adapter, LowRank
+from ruvllm_core.protocols import Adapter
 from ruvllm_core.testing import tiny
 from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
-from ruvllm_sona.distill import DistillConfig, DistillProgress, distill
-from ruvllm_sona.drawing import draw_answer
+from ruvllm_sona.drawing import draw_answers
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.measure import NetworkMeasure
 from ruvllm_sona.network import Network
@@ -108,50 +107,20 @@ def test_scores_are_those_of_the_decoder() -> None:
         np.testing.assert_allclose(seen.kl, far, rtol=1e-3, atol=1e-5)
 
 
-def test_a_student_comes_to_say_what_its_teacher_says() -> None:
-    decoder = tiny.tiny_decoder(SPEC, WEIGHTS)
-    rng = np.random.default_rng(1)
-    teacher = {
-        name: LowRank(
-            rng.normal(0, columns**-0.5, (1, columns)).astype(np.float32),
-            rng.normal(0, 0.3, (rows, 1)).astype(np.float32),
-        )
-        for name, (rows, columns) in SHAPES.items()
-    }
-    params = GenerateParams(max_tokens=8, temperature=1.0, top_p=1.0, seed=3)
-
-    def draw(deltas, prompt):
-        return draw_answer(decoder, Adapter("s", deltas), prompt, params, frozenset())
-
-    prompts = [tiny.TEXTS[name][:6] for name in "abc"]
-    config = DistillConfig(LearnerConfig(rank=2, learning_rate=4e-3), steps=120, batch=3)
-    made = network()
-    steps = [found for found in distill(made, SHAPES, (made, teacher), prompts, draw, config) if found is not None]
-    assert np.mean([one.kl for one in steps[-9:]]) < 0.6 * np.mean([one.kl for one in steps[:9]])
-    assert steps[-1].deltas is not None and steps[0].deltas is None
-
-
 def test_drawing_is_what_the_engine_would_say() -> None:
     decoder, adapter = tiny.tiny_decoder(SPEC, WEIGHTS), tiny.tiny_adapter(SPEC)
-    params, prompt = GenerateParams(max_tokens=6, temperature=0.0), tiny.TEXTS["a"][:5]
-    found = deque(draw_answer(decoder, adapter, prompt, params, frozenset()), maxlen=1)[0]
-    text = list(prompt)
-    for token in found:
-        assert token == int(np.argmax(tiny.whole(decoder, text, 11, adapter)[-1]))
-        text.append(token)
-    assert len(found) == 6
+    prompts = [tiny.TEXTS["a"][:5], tiny.TEXTS["b"][:40], tiny.TEXTS["c"][:1]]
+    params = [GenerateParams(max_tokens=length, temperature=0.0) for length in (6, 3, 9)]
+    found = deque(draw_answers(decoder, adapter, prompts, params, frozenset()), maxlen=1)[0]
+    for prompt, answer, length in zip(prompts, found, (6, 3, 9), strict=True):
+        text = list(prompt)
+        for token in answer:
+            assert token == int(np.argmax(tiny.whole(decoder, text, len(prompt) + length, adapter)[-1]))
+            text.append(token)
+        assert len(answer) == length
 
 
-def test_vocabularies_have_to_agree() -> None:
-    other = Network(tiny.tiny_spec(vocab_size=300), tiny.tiny_weights(tiny.tiny_spec(vocab_size=300)))
-    with pytest.raises(LearningError, match="300"):
-        next(distill(network(), SHAPES, (other, None), [[1]], lambda *_: iter(()), DistillConfig()))
-    with pytest.raises(LearningError, match="needs prompts"):
-        next(distill(network(), SHAPES, (network(), None), [], lambda *_: iter(()), DistillConfig()))
-
-
-def test_both_are_done_in_slices() -> None:
+def test_it_is_done_in_slices() -> None:
     slices = list(islice(deep(network(), SHAPES, rated(), [], CONFIG), 40))
     assert sum(one is None for one in slices) > 30
-    assert not any(isinstance(one, DistillProgress) for one in slices)
     assert all(one is None or isinstance(one, DeepProgress) for one in slices)

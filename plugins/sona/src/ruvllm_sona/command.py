@@ -6,6 +6,7 @@ import click
 
 from ruvllm_sona.command_change import forget, import_, rollback
 from ruvllm_sona.command_deep import deep
+from ruvllm_sona.command_distill import distill
 from ruvllm_sona.command_files import export, merge
 from ruvllm_sona.command_plot import plot
 from ruvllm_sona.command_report import history, status
@@ -21,5 +22,5 @@ def command() -> None:
     """
 
 
-for _one in (status, history, rollback, forget, export, import_, merge, deep, plot):
+for _one in (status, history, rollback, forget, export, import_, merge, deep, distill, plot):
     command.add_command(_one)

@@ -59,8 +59,6 @@ def forget(app: App, model: str | None, user: str, request: str | None, everythi
             what = f"feedback on {len(gone)} of {len(rated)} answers, and all versions of {place.whose}"
             click.confirm(f"forget {what}?", abort=True, err=True)
         dropped = tenant.forget(request or "")
-        # A deep training that was stopped has learned from all of them.
-        (tenant.folder / "deep.safetensors").unlink(missing_ok=True)
     left = len(rated) - dropped
     rest = f"; that on the other {left} will be learned from anew the next time that an engine runs" if left else ""
     click.echo(f"forgotten: feedback on {dropped} of {len(rated)} answers, and all versions{rest}")

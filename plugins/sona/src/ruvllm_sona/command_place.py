@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ruvllm_core.model.tokenizer import Tokenizer
     from ruvllm_core.protocols import LowRank
     from ruvllm_core.registry import Registry
+    from ruvllm_sona.patterns import PatternBank
     from ruvllm_sona.settings import SonaSettings
     from ruvllm_sona.tenant import Tenant
     from ruvllm_sona.versions import Versions
@@ -69,6 +71,18 @@ class Place:
         """Those that may have versions."""
         names = (path.name for path in (self.folder / "versions").glob("*") if path.is_dir())
         return sorted({0, *(int(name) for name in names if name.isdecimal())})
+
+    def bank(self) -> PatternBank:
+        """The patterns as they were saved; a new bank if they never were. Raises `LearningError`."""
+        from ruvllm_sona.files import load_tensors
+        from ruvllm_sona.patterns import PatternBank
+
+        bank = PatternBank(self.model.spec.hidden_size)
+        if (path := self.folder / "state.safetensors").exists():
+            arrays, metadata = load_tensors(path)
+            own = {name[5:]: values for name, values in arrays.items() if name.startswith("bank.")}
+            bank.restore(own, json.loads(metadata["state"])["bank"])
+        return bank
 
     def versions(self, pattern: int) -> Versions:
         """What was published, to be read. Raises `LearningError` for a pattern that there is not."""

@@ -27,7 +27,8 @@ def plot(app: App, model: str | None, user: str, watch: float | None, out: Path 
     """Draw how learning goes for a user of MODEL, over the feedback so far.
 
     Quality is what the user said, as a running mean; KL to the base model, loss on anchor texts and the largest
-    relative change of a weight are what the gate measured of each published version.
+    relative change of a weight are what the gate measured of each published version. Where drafts were learned, how
+    many of their tokens were right is drawn, too.
     """
     kind = out.suffix.lower() if out is not None else ""
     if out is not None and kind not in (".svg", ".html"):
@@ -77,14 +78,18 @@ def _live(place: Place, out: Path | None, seconds: float) -> None:
 
 
 def _curves(place: Place) -> tuple[Curve, ...]:
+    from ruvllm_sona.acceptance import read_acceptance
     from ruvllm_sona.audit import read_audit
     from ruvllm_sona.command_report import examples
+    from ruvllm_sona.drafting import ACCEPTANCE
     from ruvllm_sona.gate import GateConfig
     from ruvllm_sona.plot import curves
 
     own = place.settings
     limits = {"kl": own.max_kl, "mean_loss": own.max_loss, "relative_norm": GateConfig().max_relative_norm}
-    return curves(examples(place), read_audit(place.folder / "audit.jsonl"), limits)
+    return curves(
+        examples(place), read_audit(place.folder / "audit.jsonl"), limits, read_acceptance(place.folder / ACCEPTANCE)
+    )
 
 
 def _width() -> int:

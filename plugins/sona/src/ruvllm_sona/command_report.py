@@ -142,17 +142,13 @@ def audit_report(place: Place) -> AuditReport:
 
 def _learned(place: Place, rated: list[Example]) -> tuple[dict[int, int], list[dict[str, Any]], list[int]]:
     """Up to which feedback each pattern has learned, what is known of each, and the pattern of each rated answer."""
-    from ruvllm_sona.files import load_tensors
-    from ruvllm_sona.patterns import SHARED, PatternBank
+    from ruvllm_sona.files import read_metadata
+    from ruvllm_sona.patterns import SHARED
     from ruvllm_sona.pooled import Pooler
 
-    bank = PatternBank(place.model.spec.hidden_size)
-    brains: dict[str, Any] = {}
+    bank, brains = place.bank(), dict[str, Any]()
     if (path := place.folder / "state.safetensors").exists():
-        arrays, metadata = load_tensors(path)
-        state = json.loads(metadata["state"])
-        brains = state["brains"]
-        bank.restore({name[5:]: a for name, a in arrays.items() if name.startswith("bank.")}, state["bank"])
+        brains = json.loads(read_metadata(path)["state"])["brains"]
     covers: dict[int, int] = {}
     found: list[dict[str, Any]] = []
     for pattern in place.patterns():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import Trajectory
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import LearningContext
+from ruvllm_sona.acceptance import Acceptance
 from ruvllm_sona.draft import DraftHead, Embeddings
 from ruvllm_sona.draft_proposer import DraftHeads, SonaProposer
 from ruvllm_sona.draft_store import DraftStore
@@ -16,7 +18,7 @@ from ruvllm_sona.files import folder_name
 from ruvllm_sona.schedule import Schedule
 
 #: Of a user's folder, what drafts are made of. Nothing else knows it.
-HEAD, ANSWERS = "draft.safetensors", "answers.safetensors"
+HEAD, ANSWERS, ACCEPTANCE = "draft.safetensors", "answers.safetensors", "acceptance.jsonl"
 _EVERY = 25  # new answers from one training to the next, at least, and a quarter of those there are
 _log = get_logger("sona")
 
@@ -35,6 +37,7 @@ class Drafting:
         self._heads = DraftHeads()
         self._stores: dict[str, DraftStore] = {}
         self._fresh: dict[str, int] = {}
+        self._right: dict[str, Acceptance] = {}
 
     def proposer(self) -> SonaProposer:
         """Drafts with each user's newest head."""
@@ -60,6 +63,9 @@ class Drafting:
         """Keep an answer; queue training when enough are new."""
         user = trajectory.params.user
         self.know(user)
+        right = self._right.setdefault(user, Acceptance(self._folder / folder_name(user) / ACCEPTANCE))
+        with _reported(user):
+            right.add(trajectory.speculation)
         store = self._stores[user]
         if not store.add(trajectory):
             return
@@ -75,9 +81,13 @@ class Drafting:
         self._heads.publish(user, None)
         self._stores.pop(user, None)
         self._fresh.pop(user, None)
+        self._right.pop(user, None)
 
     def close(self) -> None:
-        """Keep answers for the next time."""
+        """Keep answers, and how often drafts were right, for the next time."""
+        for user, right in self._right.items():
+            with _reported(user):
+                right.write()
         for user, store in self._stores.items():
             if len(store):
                 store.save(self._folder / folder_name(user) / ANSWERS)
@@ -98,3 +108,12 @@ class Drafting:
                 before, after = round(progress.before.first, 3), round(progress.score.first, 3)
                 _log.info("draft head", user=user, before=before, after=after, used=progress.head is not None)
             yield None
+
+
+@contextmanager
+def _reported(user: str) -> Iterator[None]:
+    """No answer and no training depends on the record of acceptance."""
+    try:
+        yield
+    except LearningError as error:
+        _log.warning("how often drafts were right is not recorded", user=user, reason=str(error))

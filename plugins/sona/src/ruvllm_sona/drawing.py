@@ -14,28 +14,33 @@ from ruvllm_core.settings import CacheConfig
 _CHUNK = 32  # prompt tokens a slice
 
 
-def draw_answer(
+def draw_answers(
     decoder: Decoder,
     adapter: Adapter | None,
-    prompt_ids: Sequence[int],
-    params: GenerateParams,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[GenerateParams],
     stop_ids: frozenset[int],
-) -> Iterator[Sequence[int] | None]:
-    """An answer with a cache of its own; yields None between slices, and its tokens at last.
+) -> Iterator[list[tuple[int, ...]] | None]:
+    """An answer to each prompt, together and with a cache of their own; yields None between slices, and them at last.
 
     Raises what the decoder raises, or `GenerationError` if its logits make no sense.
     """
-    capacity = min(len(prompt_ids) + params.max_tokens, decoder.spec.max_context)
-    request = Request(new_request_id(), tuple(prompt_ids), params, stop_ids, capacity, adapter)
-    cache = ContiguousCache(CacheContext(decoder.spec, decoder, CacheConfig(), capacity, 1))
-    running = Running(request, cache, decoder.spec)
-    while True:
-        events = run_batch(decoder, cache, [(running, min(_CHUNK, running.pending))])
-        for event in events:
+    requests = []
+    for prompt, own in zip(prompts, params, strict=True):
+        capacity = min(len(prompt) + own.max_tokens, decoder.spec.max_context)
+        requests.append(Request(new_request_id(), tuple(prompt), own, stop_ids, capacity, adapter))
+    most = max(request.capacity for request in requests)
+    cache = ContiguousCache(CacheContext(decoder.spec, decoder, CacheConfig(), most, len(requests)))
+    everyone = {request.id: Running(request, cache, decoder.spec) for request in requests}
+    running = dict(everyone)
+    while running:
+        behind = next((one for one in running.values() if one.pending > 1), None)  # one prompt a slice: it is long
+        work = [(behind, min(_CHUNK, behind.pending))] if behind else [(one, one.pending) for one in running.values()]
+        for event in run_batch(decoder, cache, work):
             if event.error is not None:
                 raise event.error
             if event.finish_reason is not None:
-                cache.close(request.id)
-                yield running.token_ids[len(prompt_ids) :]
-                return
+                cache.close(event.request_id)
+                del running[event.request_id]
         yield None
+    yield [tuple(everyone[request.id].token_ids[len(request.prompt_ids) :]) for request in requests]

@@ -9,12 +9,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ruvllm_sona.acceptance import Tally
     from ruvllm_sona.chain import Entry
     from ruvllm_sona.records import Example
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _HORIZON = 20
-_ACTIONS = ("publish", "deep")
+_ACTIONS = ("publish", "deep", "distill")
 # Widths and heights of the SVG, in its own units.
 _WIDTH, _PANEL, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 150, 70, 20, 30, 24
 
@@ -44,20 +45,30 @@ class Curve:
 
 
 def curves(
-    rated: Sequence[Example], entries: Iterable[Entry], limits: Mapping[str, float] | None = None
+    rated: Sequence[Example],
+    entries: Iterable[Entry],
+    limits: Mapping[str, float] | None = None,
+    drafts: Sequence[Tally] = (),
 ) -> tuple[Curve, ...]:
     """Quality as a running mean over about 20 feedbacks, and what the gate measured of each published version.
+
+    Where there were drafts, also how many of their tokens were right.
 
     Args:
         rated: all feedback, oldest first.
         entries: of the audit log.
         limits: of the gate, by the name of its figure.
+        drafts: what came of them, oldest first.
     """
     quality, mean = [], 0.0
     for count, one in enumerate(rated, 1):
         mean += (one.quality - mean) / min(count, _HORIZON)
         quality.append((float(count), mean))
     times = [one.time for one in rated]
+
+    def place(when: float) -> float:
+        return float(sum(time <= when for time in times))
+
     published = [entry for entry in entries if entry.action in _ACTIONS]
     found = [Curve(f"quality, mean of about {_HORIZON} feedbacks", tuple(quality), bounds=(0.0, 1.0))]
     for name, title in (
@@ -69,8 +80,11 @@ def curves(
         for entry in published:
             value = entry.measured.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
-                points.append((float(sum(time <= entry.time for time in times)), float(value)))
+                points.append((place(entry.time), float(value)))
         found.append(Curve(title, tuple(points), (limits or {}).get(name)))
+    if drafts:
+        shares = tuple((place(one.time), one.accepted / one.proposed) for one in drafts)
+        found.append(Curve("drafted tokens that were right", shares, bounds=(0.0, 1.0)))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from ruvllm_core.errors import LearningError
@@ -20,9 +21,10 @@ from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import Deltas, linear_sites
-from ruvllm_sona.tenant import DEEP, Tenant
+from ruvllm_sona.tenant import DEEP, DISTILL, Tenant
 
 if TYPE_CHECKING:
+    from ruvllm_sona.distilling import LargeTeacher
     from ruvllm_sona.measure import NetworkMeasure
     from ruvllm_sona.network import Network
 
@@ -86,18 +88,55 @@ class Study:
                 yield from self.elsewhere(partial(save_progress, path, found, covers))
                 _log.info("deep training", user=tenant.name, epoch=found.epoch, margin=round(found.margin, 4))
             yield None
-        path.unlink(missing_ok=True)
         if last is None or last.deltas is None:
+            path.unlink(missing_ok=True)
             tenant.audit.append("reject", actor="deep", note="held-out answers were told apart no better than before")
             return
-        verdict = yield from self.judge(last.deltas)
+        yield from self._replace(tenant, brain, last.deltas, covers, "deep", {"margin": last.best}, path)
+
+    def distill(self, tenant: Tenant, large: LargeTeacher | None = None, steps: int = 100) -> Work[None]:
+        """Distil the adapters of all patterns, or another model, into the shared adapter (see `distilling`).
+
+        It is published if it has come nearer to its teachers and passes the gate. Yields a `DistillProgress` after
+        every step. Raises `LearningError` if there is nothing to distil.
+        """
+        brain = tenant.brain(SHARED)
+        yield from self._unless_changed(brain, self._distill(tenant, brain, large, steps))
+
+    def _distill(self, tenant: Tenant, brain: Brain, large: LargeTeacher | None, steps: int) -> Work[None]:
+        from ruvllm_sona.distilling import distilling
+
+        last = yield from distilling(tenant, self._network(), self._context, large, steps, self.elsewhere)
+        assert last.after is not None and last.deltas is not None
+        nearer, path = {"kl_before": last.before, "kl_after": last.after}, tenant.folder / DISTILL
+        if last.after >= last.before:
+            path.unlink(missing_ok=True)
+            note = f"from {last.before:.3g} to {last.after:.3g} nats a token: no nearer to the teacher"
+            number = str(brain.number)
+            tenant.audit.append("reject", actor="distill", before=number, after=number, predicted=nearer, note=note)
+            return
+        yield from self._replace(tenant, brain, last.deltas, brain.covers, "distill", nearer, path)
+
+    def _replace(
+        self,
+        tenant: Tenant,
+        brain: Brain,
+        deltas: Deltas,
+        covers: int,
+        actor: str,
+        predicted: dict[str, float],
+        path: Path,
+    ) -> Work[None]:
+        """Publish what was trained beside the background loop, if it passes the gate; then `path` is not needed."""
+        verdict = yield from self.judge(deltas)
+        path.unlink(missing_ok=True)
         if verdict.passed and verdict.deltas is not None:
-            yield from self._publish(tenant, brain, verdict, covers, "deep", {"margin": last.best})
+            yield from self._publish(tenant, brain, verdict, covers, actor, predicted)
             brain.rebase(verdict.deltas)
             brain.life = object()  # the background loop begins again, on top of this
             yield from self.elsewhere(tenant.snapshot())
         else:
-            self._rejected(tenant, brain, verdict, "deep")
+            self._rejected(tenant, brain, verdict, actor)
 
     def _unless_changed(self, brain: Brain, work: Work[None]) -> Work[None]:
         """`work`, up to the moment at which somebody rolls `brain` back or has it forget: that must not be undone."""
@@ -165,7 +204,7 @@ class Study:
         before, deltas, life = brain.number, verdict.deltas, brain.life
         assert deltas is not None
         number = yield from self.elsewhere(lambda: brain.publish(deltas, verdict.record(), covers, life))
-        if actor == "deep":
+        if actor != "background":
             brain.put_back()  # what the background loop has in hand is not in this version
         brain.adopt(number, deltas, covers)
         tenant.bank.patterns[tenant.pattern_of(brain)].version = str(number)

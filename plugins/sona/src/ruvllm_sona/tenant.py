@@ -19,7 +19,7 @@ from ruvllm_core.protocols import FloatArray
 from ruvllm_sona.audit import Audit, read_audit
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.chain import Entry
-from ruvllm_sona.drafting import ANSWERS, HEAD
+from ruvllm_sona.drafting import ACCEPTANCE, ANSWERS, HEAD
 from ruvllm_sona.files import LOG, FolderLock, load_tensors, save_tensors, write_atomic
 from ruvllm_sona.frames import Record, feedback
 from ruvllm_sona.gate import Verdict
@@ -40,7 +40,7 @@ Elsewhere = Callable[[Callable[[], Any]], Generator[object, None, Any]]
 #: The gate, for what may be published; yields between slices.
 Judge = Callable[[Deltas], Generator[object, None, Verdict]]
 _MERGED_RANK = 4  # of what two patterns have learned: of rank 1 both, it is exact
-DEEP = "deep.safetensors"  # of a user's folder, where deep training is
+DEEP, DISTILL = "deep.safetensors", "distill.safetensors"  # of a user's folder, where these trainings are
 _log = get_logger("sona")
 
 
@@ -154,7 +154,7 @@ class Tenant:
         dropped = self.log.rewrite(lambda record: _about(record, request_id) and record.sequence < upto)
         waiting = [one.sequence for brain in self.brains.values() for one, _ in (*brain.hand, *brain.pending)]
         self.free_until = max(self.free_until, min(waiting, default=upto) - 1)
-        for name in (HEAD, ANSWERS, DEEP):
+        for name in (HEAD, ANSWERS, ACCEPTANCE, DEEP, DISTILL):
             (self.folder / name).unlink(missing_ok=True)
         for brain in self.brains.values():
             brain.clear()
