@@ -63,7 +63,8 @@ def test_a_version_that_does_not_pass_changes_nothing(rigs) -> None:
     assert rig.number() == 0 and rig.adapter() is None, "the preview goes with it"
     np.testing.assert_array_equal(rig.logits(), base)
     rejected = [one for one in rig.audit() if one.action == "reject"]
-    assert len(rejected) == 1 and "kl is" in rejected[0].note
+    assert [one.actor for one in rejected] == ["instant", "background"]
+    assert all("kl is" in one.note for one in rejected)
     brain = rig.on(lambda: rig.loop.tenant().brain(0))
     assert not brain.pending and not brain.hand and brain.learner.steps == 0 and brain.covers == 1
 

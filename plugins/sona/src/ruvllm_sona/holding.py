@@ -37,7 +37,7 @@ ANSWERS = 32  # the latest ones whose Fisher information is taken
 _PLACES = 8  # of each
 _COLUMNS = 16  # of the sketches: 20 MB for SmolLM2-135M
 _HORIZON = 5  # consolidations: their plain mean, and then a moving average of so long a memory
-_AT_ONCE = 35  # sites that are held, or averaged, in one slice
+_AT_ONCE = 28  # sites that are held, or averaged, in one slice
 _KIND = "holding 1"
 #: Has work done by a thread that may wait for the disk; yields until it is done, and returns what it returned.
 Elsewhere = Callable[[Callable[[], Any]], Generator[object, None, Any]]
@@ -148,11 +148,9 @@ class Holding:
         probe, random = AnswerProbe(stack, _COLUMNS, _PLACES), torch.Generator(network.device).manual_seed(count)
         for example in examples:
             yield from probe.look(network, example, random)
-        found = normalized(probe.found)
-        yield None
-        weight = 1.0 / min(count + 1, _HORIZON)
-        for names in _portions(found):
-            part = {name: found[name] for name in names}
+        found, weight = {}, 1.0 / min(count + 1, _HORIZON)
+        for names in _portions(probe.found):
+            part = normalized(probe.found, names)
             if before is not None:
                 part = averaged({name: before.fisher[name] for name in names}, part, weight)
             found |= {name: (_rounded(u), _rounded(v)) for name, (u, v) in part.items()}
