@@ -43,6 +43,7 @@ class Brain:
         number: the version in force; 0 is the base model.
         holding: what it must not forget; None if `ewc` is 0.
         accepted: version of the preview that the gate has let pass last; empty is none.
+        begun: another object whenever the preview begins anew.
         life: another object after `rollback` and `clear`; work begun in an earlier life must change nothing.
     """
 
@@ -52,7 +53,7 @@ class Brain:
         self.versions = Versions(folder, settings.keep_versions)
         self._held = folder.parents[1] / HELD / f"{folder.name}.safetensors"
         self.holding = Holding(self._held, settings.consolidate_every) if settings.ewc > 0.0 else None
-        self.accepted = ""
+        self.accepted, self.begun = "", object()
         self.micro = self._new_micro()
         self.pending: deque[tuple[Example, float]] = deque()
         self.hand: list[tuple[Example, float]] = []
@@ -244,7 +245,7 @@ class Brain:
             self.micro.rollback(first)
         else:
             self.micro = self._new_micro()
-        self.accepted = ""
+        self.accepted, self.begun = "", object()
         self.hold_preview()
 
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:

@@ -114,7 +114,7 @@ def overview(place: Place) -> dict[str, Any]:
             "pending": len(waiting),
         },
         "budget": _budget(place),
-        "holding": _holding(place),
+        "holding": held_here(place),
         "bytes": _size(place.folder),
         "audit": {**_checked(report), "ok": report.ok},
     }
@@ -196,7 +196,7 @@ def _budget(place: Place) -> dict[str, Any]:
     return {"nats_last_hour": hour, "nats_last_day": day, **bounds, "feedback_left": left}
 
 
-def _holding(place: Place) -> dict[str, Any]:
+def held_here(place: Place) -> dict[str, Any]:
     """λ, and of each pattern when it was consolidated last, from how many answers, and the bytes that takes."""
     from ruvllm_sona.brain import HELD
     from ruvllm_sona.files import read_metadata

@@ -37,7 +37,7 @@ ANSWERS = 32  # the latest ones whose Fisher information is taken
 _PLACES = 8  # of each
 _COLUMNS = 16  # of the sketches: 20 MB for SmolLM2-135M
 _HORIZON = 5  # consolidations: their plain mean, and then a moving average of so long a memory
-_AT_ONCE = 28  # sites that are held, or averaged, in one slice
+_AT_ONCE, _AVERAGED = 28, 7  # sites that are held, and averaged, in one slice
 _KIND = "holding 1"
 #: Has work done by a thread that may wait for the disk; yields until it is done, and returns what it returned.
 Elsewhere = Callable[[Callable[[], Any]], Generator[object, None, Any]]
@@ -148,8 +148,9 @@ class Holding:
         probe, random = AnswerProbe(stack, _COLUMNS, _PLACES), torch.Generator(network.device).manual_seed(count)
         for example in examples:
             yield from probe.look(network, example, random)
-        found, weight = {}, 1.0 / min(count + 1, _HORIZON)
-        for names in _portions(probe.found):
+        found: dict[str, tuple[Sketch, Sketch]] = {}
+        weight = 1.0 / min(count + 1, _HORIZON)
+        for names in _portions(probe.found, _AVERAGED):
             part = normalized(probe.found, names)
             if before is not None:
                 part = averaged({name: before.fisher[name] for name in names}, part, weight)
@@ -167,7 +168,7 @@ class Holding:
         from ruvllm_sona.curvature import Hold
 
         anchor, holds = AdapterStack.of([kept.anchor]), []
-        for names in _portions(kept.fisher):
+        for names in _portions(kept.fisher, _AT_ONCE):
             holds.append(Hold(anchor, {name: kept.fisher[name] for name in names}))
             yield
         self.holds, self.preview, self.looked = holds, resting(*kept.final), True
@@ -241,9 +242,9 @@ def digest(below: Deltas) -> str:
     return found.hexdigest()
 
 
-def _portions(names: Mapping[str, object]) -> list[list[str]]:
+def _portions(names: Mapping[str, object], size: int) -> list[list[str]]:
     every = list(names)
-    return [every[at : at + _AT_ONCE] for at in range(0, len(every), _AT_ONCE)]
+    return [every[at : at + size] for at in range(0, len(every), size)]
 
 
 def _rounded(sketch: Sketch) -> Sketch:

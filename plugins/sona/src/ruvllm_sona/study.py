@@ -237,9 +237,9 @@ class Study:
                 yield from self._preview(tenant, brain)
 
     def _preview(self, tenant: Tenant, brain: Brain) -> Work[None]:
-        micro, version, number = brain.micro, brain.micro.version, brain.number
+        micro, version, begun = brain.micro, brain.micro.version, brain.begun
         verdict = yield from self._judge({**brain.published, FINAL_SITE: micro.current}, RESCUE[:1])
-        if brain.micro is not micro or brain.number != number or version not in micro.versions:
+        if brain.begun is not begun or version not in micro.versions:
             return  # what was judged is gone
         if verdict.passed:
             brain.accepted = version
