@@ -284,6 +284,7 @@ class SonaLoop:
         def job() -> Iterator[object]:
             try:
                 yield from self.study.deep(tenant)
+                self._plan(tenant)  # what was published is to be held
             except GeneratorExit:
                 hear(LearningError("deep training was ended", hint="start it again: it goes on where it was"))
                 raise
