@@ -113,11 +113,15 @@ class Holding:
 
         Raises `LearningError` if the file is damaged or of another model; then nothing is held.
         """
-        self.looked = True
         if self.path.exists():
-            kept, base = yield from elsewhere(lambda: (load(self.path, shapes), digest(below)))
+            try:
+                kept, base = yield from elsewhere(lambda: (load(self.path, shapes), digest(below)))
+            except LearningError:
+                self.looked = True
+                raise
             if kept.base == base:
                 yield from self._take(kept)
+        self.looked = True
 
     def consolidate(
         self,

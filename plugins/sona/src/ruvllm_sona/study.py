@@ -220,12 +220,12 @@ class Study:
             if not latest:
                 raise LearningError("no rated answer is left of what was learned")
             kept = yield from holding.consolidate(network, stack, list(latest), brain.below, self.elsewhere)
+            brain.hold_preview()
+            yield from self.elsewhere(partial(brain.keep, kept, life))
         except (LearningError, RuntimeError, ValueError, IndexError) as error:  # learning must go on
             holding.since = 0
             _log.warning("what was learned could not be consolidated", user=tenant.name, reason=str(error))
             return
-        brain.hold_preview()
-        yield from self.elsewhere(partial(brain.keep, kept, life))
         note = f"answers {len(latest)}, consolidation {kept.count}"
         version = str(brain.number)
         tenant.audit.append("consolidate", actor="background", before=version, after=version, note=note)
