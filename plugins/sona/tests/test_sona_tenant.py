@@ -292,6 +292,7 @@ def test_patterns_that_become_one_keep_what_both_have_learned(rigs, passes: bool
     teach(rig, ANSWERS[:1])
     tenant = rig.on(lambda: rig.loop.tenant())
     both = [random_deltas(seed) for seed in (1, 2)]
+    held = tenant.folder / "held" / "0001.safetensors"
 
     def elsewhere(work):
         yield None
@@ -312,12 +313,17 @@ def test_patterns_that_become_one_keep_what_both_have_learned(rigs, passes: bool
             brain.adopt(brain.publish(deltas, {}, 0, brain.life), deltas, 0)
             brain.rebase(deltas)
         tenant.brain(1).pending.append((next(tenant.examples()), 0.5))
+        held.parent.mkdir()
+        held.write_bytes(b"of the other")
         tenant.bank.maintain = maintain
         for _ in tenant.maintain(elsewhere, judge):
             pass
         assert set(tenant.brains) == {0}
         (brain,) = tenant.brains.values()
         waiting = len(brain.pending)
+        assert brain.holding.due == passes, "what was merged is to be held"
+        assert not held.exists(), "and the other one's is gone"
+        brain.holding.since = 0
         brain.pending.clear()  # or it would be learned from in idle time
         return waiting, brain.number, brain.adapter()
 

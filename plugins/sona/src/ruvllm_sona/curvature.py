@@ -54,6 +54,10 @@ class Sketch:
         """Times ``[G]``."""
         return Sketch(self.image * factor[:, None, None], self.trace * factor)
 
+    def rounded(self) -> Sketch:
+        """With an image that float32 can hold."""
+        return Sketch(self.image.float().double(), self.trace)
+
     def spectrum(self) -> Spectrum:
         """The largest eigenvalues and what they belong to; the rest of the trace is spread evenly."""
         omega = directions(*self.image.shape[1:], self.image.device)

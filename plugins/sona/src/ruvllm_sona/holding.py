@@ -158,7 +158,7 @@ class Holding:
             part = normalized(probe.found, names)
             if before is not None:
                 part = averaged({name: before.fisher[name] for name in names}, part, weight)
-            found |= {name: (_rounded(u), _rounded(v)) for name, (u, v) in part.items()}
+            found |= {name: (u.rounded(), v.rounded()) for name, (u, v) in part.items()}
             yield None
         base = yield from elsewhere(lambda: digest(below))
         kept = Kept(stack.deltas(), found, probe.final(), base, count + 1, len(examples), time.time())
@@ -249,9 +249,3 @@ def digest(below: Deltas) -> str:
 def _portions(names: Mapping[str, object], size: int) -> list[list[str]]:
     every = list(names)
     return [every[at : at + size] for at in range(0, len(every), size)]
-
-
-def _rounded(sketch: Sketch) -> Sketch:
-    from ruvllm_sona.curvature import Sketch
-
-    return Sketch(sketch.image.float().double(), sketch.trace)
