@@ -15,7 +15,7 @@ _GAIN = 1.05  # how many times as fast drafts must be expected to be
 _MEMORY = 20  # judged tokens that acceptance is a running mean of
 _TRIAL = 2  # tokens drafted to see whether it pays by now
 _PAUSES = (8, 64)  # steps to the next trial: after the first, and at most
-# Steps that a draft is taken to save at first, and the weight of the newest measurement of that; the weight of the newest
+# Steps that a draft is taken to save at first, and the weight of the newest measurement of it; the weight of the newest
 # judgement in what is thought of a proposer that says how likely its tokens are.
 _SAVED, _SLOW, _TRUST = 0.15, 0.02, 0.05
 

@@ -113,9 +113,16 @@ def test_status_says_what_there_is(sona: Call, place: Place) -> None:
     assert found["audit"] == {"ok": True, "entries": 9, "problem": "", "line": 0, "unfinished_bytes": 0}
     assert found["bytes"] == sum(path.stat().st_size for path in place.folder.rglob("*") if path.is_file())
     assert found["budget"]["feedback_left"] == place.settings.burst
+    assert found["holding"] == {"ewc": place.settings.ewc, "consolidate_every": 200, "patterns": []}
     shown = sona("status", place.name, "--user", "ann")
     assert shown.code == 0
-    for words in ("6, mean quality 0.50", "whole, 9 entries", "1, 2", str(place.folder)):
+    for words in (
+        "6, mean quality 0.50",
+        "whole, 9 entries",
+        "1, 2",
+        str(place.folder),
+        "nothing was consolidated yet",
+    ):
         assert words in shown.out
 
 

@@ -63,7 +63,8 @@ def test_a_version_that_does_not_pass_changes_nothing(rigs) -> None:
     assert rig.number() == 0 and rig.adapter() is None, "the preview goes with it"
     np.testing.assert_array_equal(rig.logits(), base)
     rejected = [one for one in rig.audit() if one.action == "reject"]
-    assert len(rejected) == 1 and "kl is" in rejected[0].note
+    assert [one.actor for one in rejected] == ["instant", "background"]
+    assert all("kl is" in one.note for one in rejected)
     brain = rig.on(lambda: rig.loop.tenant().brain(0))
     assert not brain.pending and not brain.hand and brain.learner.steps == 0 and brain.covers == 1
 
@@ -291,6 +292,7 @@ def test_patterns_that_become_one_keep_what_both_have_learned(rigs, passes: bool
     teach(rig, ANSWERS[:1])
     tenant = rig.on(lambda: rig.loop.tenant())
     both = [random_deltas(seed) for seed in (1, 2)]
+    held = tenant.folder / "held" / "0001.safetensors"
 
     def elsewhere(work):
         yield None
@@ -311,12 +313,17 @@ def test_patterns_that_become_one_keep_what_both_have_learned(rigs, passes: bool
             brain.adopt(brain.publish(deltas, {}, 0, brain.life), deltas, 0)
             brain.rebase(deltas)
         tenant.brain(1).pending.append((next(tenant.examples()), 0.5))
+        held.parent.mkdir()
+        held.write_bytes(b"of the other")
         tenant.bank.maintain = maintain
         for _ in tenant.maintain(elsewhere, judge):
             pass
         assert set(tenant.brains) == {0}
         (brain,) = tenant.brains.values()
         waiting = len(brain.pending)
+        assert brain.holding.due == passes, "what was merged is to be held"
+        assert not held.exists(), "and the other one's is gone"
+        brain.holding.since = 0
         brain.pending.clear()  # or it would be learned from in idle time
         return waiting, brain.number, brain.adapter()
 

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ruvllm_core.decode.lora import FINAL_SITE, combine
 from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import Adapter, FloatArray, LowRank
 from ruvllm_sona.gate import Backoff
+from ruvllm_sona.holding import Holding, resting
 from ruvllm_sona.micro import MicroLoRA
 from ruvllm_sona.micro_config import MicroLoRAConfig
 from ruvllm_sona.records import Example
@@ -23,7 +24,10 @@ from ruvllm_sona.versions import Versions
 
 if TYPE_CHECKING:
     from ruvllm_core.model.spec import ModelSpec
+    from ruvllm_sona.holding import Kept
     from ruvllm_sona.learner import Learner
+
+HELD = "held"  # folder of a user, where what must not be forgotten is
 
 
 class Brain:
@@ -37,6 +41,9 @@ class Brain:
         covers: sequence of the last feedback in the log that the published version has learned from.
         backoff: smaller steps after rejections.
         number: the version in force; 0 is the base model.
+        holding: what it must not forget; None if `ewc` is 0.
+        accepted: version of the preview that the gate has let pass last; empty is none.
+        begun: another object whenever the preview begins anew.
         life: another object after `rollback` and `clear`; work begun in an earlier life must change nothing.
     """
 
@@ -44,6 +51,9 @@ class Brain:
         self.name = name
         self._spec, self._settings = spec, settings
         self.versions = Versions(folder, settings.keep_versions)
+        self._held = folder.parents[1] / HELD / f"{folder.name}.safetensors"
+        self.holding = Holding(self._held, settings.consolidate_every) if settings.ewc > 0.0 else None
+        self.accepted, self.begun = "", object()
         self.micro = self._new_micro()
         self.pending: deque[tuple[Example, float]] = deque()
         self.hand: list[tuple[Example, float]] = []
@@ -87,11 +97,26 @@ class Brain:
 
             own = self._settings
             objective = ObjectiveConfig(own.leash, own.saturation, own.budget)
-            config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
+            config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average, ewc=own.ewc)
             self._learner = Learner(linear_sites(self._spec), config, below=self._below or None)
             if self._saved is not None:
                 self._learner.restore(self._saved)
         return self._learner
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to learn from, or to consolidate."""
+        return bool(self.pending) or (self.holding is not None and self.holding.due)
+
+    @property
+    def below(self) -> Deltas:
+        """What the learner's own factors are on top of."""
+        return self._below
+
+    @property
+    def published(self) -> Deltas:
+        """What is in force without the preview."""
+        return self._published
 
     def candidate(self) -> Deltas:
         """What would be published now: the learner's deltas on top of what lies below."""
@@ -136,9 +161,18 @@ class Brain:
         self.settle(covers)
         self.forget_preview()
 
-    def rebase(self, deltas: Deltas) -> None:
-        """Learn from `deltas` on from now on, with Adam at its beginning; they are the published version."""
+    def rebase(self, deltas: Deltas, held: Literal["no more", "still", "anew"] = "no more") -> None:
+        """Learn from `deltas` on from now on, with Adam at its beginning; they are the published version.
+
+        `held` says what is held then: nothing any more, the same as before, or `deltas` as soon as there is time, which
+        it also is if what was held is not about what lies below now.
+        """
+        before = self._below
         self._set_base(deltas)
+        if held == "no more" or self.holding is None:
+            self.drop_held()
+        elif held == "anew" or before or self._below:
+            self.holding.ask()
         self.forget_preview()
 
     def rollback(self, number: int) -> None:
@@ -147,6 +181,7 @@ class Brain:
             deltas = self.versions.load(number)
             self.versions.rollback(number)
             self.life, self.number = object(), number
+            self.drop_held()
         self.pending.clear()
         self.hand, self._good = [], None
         self.rebase(deltas)
@@ -157,6 +192,38 @@ class Brain:
             self.life, self.number = object(), 0
             self.versions.rollback(0)
             self.versions.remove(one.number for one in self.versions.kept())
+            self.drop_held()
+
+    def keep(self, kept: Kept, life: object) -> None:
+        """Put what is held on the disk; may run on another thread. Nothing happens if `life` is over."""
+        from ruvllm_sona.holding import save
+
+        with self._changing:
+            if life is self.life and self.holding is not None:
+                save(self.holding.path, kept)
+
+    def drop_held(self) -> None:
+        """Hold nothing any more, and delete the file, also one of other settings."""
+        if self.holding is not None:
+            self.holding.drop()
+        else:
+            self._held.unlink(missing_ok=True)
+
+    def hold_preview(self) -> None:
+        """Have the preview stay near to nothing where that changes what is held."""
+        self.micro.anchor = self.holding.preview if self.holding is not None else None
+
+    @property
+    def unjudged(self) -> bool:
+        """Whether the gate has not seen the preview that is in force."""
+        return self.micro.version != self.accepted and bool(np.any(self.micro.current.b))
+
+    def take_back(self) -> None:
+        """Put the preview back to what the gate has let pass, or to nothing."""
+        if self.accepted in self.micro.versions:
+            self.micro.rollback(self.accepted)
+        else:
+            self.forget_preview()
 
     def _set_base(self, deltas: Deltas) -> None:
         """Learning starts from `deltas`. Of the learner's own kind they become its factors, for what lies below adds
@@ -178,6 +245,8 @@ class Brain:
             self.micro.rollback(first)
         else:
             self.micro = self._new_micro()
+        self.accepted, self.begun = "", object()
+        self.hold_preview()
 
     def state(self) -> tuple[dict[str, FloatArray], dict[str, Any]]:
         """The learner's factors and moments, what lies below, and numbers; `restore` takes them."""
@@ -192,6 +261,11 @@ class Brain:
         preview, meta = self.micro.state()
         arrays |= {f"preview.{name}": values for name, values in preview.items()}
         numbers = {"number": self.number, "covers": self.covers, "learner": own is not None, "preview": meta}
+        if self.holding is not None:
+            numbers["since"] = self.holding.since
+            if self.holding.preview is not None:
+                u, v = self.holding.preview.fisher.sites[FINAL_SITE]
+                arrays["held.u"], arrays["held.v"] = u.astype(np.float32), v.astype(np.float32)
         waiting = [[one.sequence, advantage] for one, advantage in (*self.hand, *self.pending)]
         return arrays, {**numbers, "pending": waiting, "step": self.backoff.step, "rejected": self.backoff.rejected}
 
@@ -202,6 +276,8 @@ class Brain:
         """
         self.covers, waiting = int(meta["covers"]), {int(one): float(advantage) for one, advantage in meta["pending"]}
         self.backoff = Backoff(step=float(meta["step"]), rejected=int(meta["rejected"]))
+        if self.holding is not None:
+            self.holding.since = int(meta.get("since", 0))
         if meta["number"] != self.number:
             published = {one.number: one.metadata for one in self.versions.kept()}
             self.covers = max(self.covers, int(published.get(self.number, {}).get("covers", 0)))
@@ -218,6 +294,9 @@ class Brain:
         self._below = below
         preview = {name[8:]: values for name, values in arrays.items() if name.startswith("preview.")}
         self.micro = MicroLoRA.restore(preview, meta["preview"], meta["preview"]["current"].rpartition(".")[0])
+        if self.holding is not None and "held.u" in arrays:
+            self.holding.preview = resting(arrays["held.u"], arrays["held.v"])
+        self.hold_preview()
         if meta["learner"]:
             self._saved = {name[8:]: values for name, values in arrays.items() if name.startswith("learner.")}
         else:

@@ -47,6 +47,7 @@ def status(app: App, model: str | None, user: str, as_json: bool) -> None:
         ("nats spent, last day", f"{budget['nats_last_day']:.1f} of {budget['nats_per_day'] or 'any'}"),
         ("feedback allowed now", budget["feedback_left"]),
         ("audit log", f"whole, {audit['entries']} entries" if audit["ok"] else f"BROKEN: {audit['problem']}"),
+        ("held against forgetting", _held(found["holding"])),
         ("size", f"{found['bytes'] / 1e6:.1f} MB"),
         ("folder", found["folder"]),
     ]
@@ -113,6 +114,7 @@ def overview(place: Place) -> dict[str, Any]:
             "pending": len(waiting),
         },
         "budget": _budget(place),
+        "holding": held_here(place),
         "bytes": _size(place.folder),
         "audit": {**_checked(report), "ok": report.ok},
     }
@@ -188,6 +190,30 @@ def _budget(place: Place) -> dict[str, Any]:
         for name, value in (("nats_per_hour", own.nats_per_hour), ("nats_per_day", own.nats_per_day))
     }
     return {"nats_last_hour": hour, "nats_last_day": day, **bounds, "feedback_left": left}
+
+
+def held_here(place: Place) -> dict[str, Any]:
+    """λ, and of each pattern when it was consolidated last, from how many answers, and the bytes that takes."""
+    from ruvllm_sona.brain import HELD
+    from ruvllm_sona.files import read_metadata
+
+    found: list[dict[str, Any]] = []
+    for path in sorted((place.folder / HELD).glob("*.safetensors")):
+        try:
+            facts = json.loads(read_metadata(path)["facts"])
+            known = {name: facts[name] for name in ("time", "answers", "count")}
+        except (LearningError, KeyError, TypeError, ValueError) as error:
+            known = {"problem": error.message if isinstance(error, LearningError) else f"no {error}"}
+        found.append({"pattern": int(path.stem), "bytes": path.stat().st_size, **known})
+    return {"ewc": place.settings.ewc, "consolidate_every": place.settings.consolidate_every, "patterns": found}
+
+
+def _held(holding: dict[str, Any]) -> str:
+    parts = [f"λ {holding['ewc']:g}" if holding["ewc"] else "off"]
+    for one in holding["patterns"]:
+        when = f"DAMAGED: {one['problem']}" if "problem" in one else f"consolidated {_when(one['time'])}"
+        parts.append(f"pattern {one['pattern']} {when}, {one['bytes'] / 1e6:.1f} MB")
+    return "; ".join(parts if len(parts) > 1 else [*parts, "nothing was consolidated yet"])
 
 
 def _size(folder: Path) -> int:

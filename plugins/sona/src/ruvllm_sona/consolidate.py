@@ -57,20 +57,23 @@ class Probe(AdapterStack):
 def answer_fisher(
     network: Network, probe: AdapterStack, tokens: Tensor, places: Tensor, random: torch.Generator
 ) -> Iterator[None]:
-    """Show a probe the gradients of ``log p(y)`` at one place a row, y drawn from the model itself.
+    """Show a probe the gradients of ``log p(y)`` at one place a row, or at several, y drawn from the model itself.
 
     Args:
         tokens: int64 ``[G·n, T]``.
-        places: int64 ``[G·n]``, after which token y would come.
+        places: int64 ``[G·n]``, or ``[G·n, k]`` of different ones, after which token y would come.
     """
     way = Pass(network, probe, tokens=tokens, keep=True, inputs=True)
     for _ in way.forward():
         yield
     each = torch.arange(len(tokens), device=tokens.device)
+    if places.dim() > 1:
+        each, places = each.repeat_interleave(places.shape[1]), places.flatten()
     hidden = way.x[each, places].requires_grad_(True)
     with torch.enable_grad():
         logp = torch.log_softmax(network.logits(hidden), -1)
     drawn = torch.multinomial(logp.detach().exp(), 1, generator=random)
+    yield
     (found,) = torch.autograd.grad(logp.gather(1, drawn).sum(), hidden)
     grad = torch.zeros_like(way.x)
     grad[each, places] = found

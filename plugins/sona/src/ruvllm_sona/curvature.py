@@ -12,7 +12,7 @@ the matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,6 +49,14 @@ class Sketch:
         first, second = (torch.as_tensor(one, dtype=torch.float64, device=self.trace.device) for one in (mine, theirs))
         image = first[..., None, None] * self.image + second[..., None, None] * other.image
         return Sketch(image, first * self.trace + second * other.trace)
+
+    def times(self, factor: Tensor) -> Sketch:
+        """Times ``[G]``."""
+        return Sketch(self.image * factor[:, None, None], self.trace * factor)
+
+    def rounded(self) -> Sketch:
+        """With an image that float32 can hold."""
+        return Sketch(self.image.float().double(), self.trace)
 
     def spectrum(self) -> Spectrum:
         """The largest eigenvalues and what they belong to; the rest of the trace is spread evenly."""
@@ -130,10 +138,11 @@ class DirectionProbe(AdapterStack):
         return y
 
 
-def normalized(found: Sketches) -> dict[str, tuple[Sketch, Sketch]]:
+def normalized(found: Sketches, names: Iterable[str] | None = None) -> dict[str, tuple[Sketch, Sketch]]:
     """In units of the mean of F's diagonal over all numbers of all sites' ΔW, apart for each row; V has trace 1.
 
-    Raises `LearningError` if nothing came back, or if a row of it is not finite or all zero.
+    Of the sites `names` only, or of all. Raises `LearningError` if nothing came back, or if a row of it is not finite
+    or all zero.
     """
     if not found:
         raise LearningError("there is no Fisher information: no gradient came back", hint="probe before the way back")
@@ -142,9 +151,10 @@ def normalized(found: Sketches) -> dict[str, tuple[Sketch, Sketch]]:
         raise LearningError("Fisher information is not finite, or zero everywhere")
     entries = sum(u.image.shape[1] * v.image.shape[1] for u, v in found.values())
     scaled = {}
-    for name, (u, v) in found.items():
+    for name in found if names is None else names:
+        u, v = found[name]
         share = torch.where(v.trace > 0, v.trace, 1.0).reciprocal()
-        scaled[name] = u.mixed(u, entries / total, 0.0), v.mixed(v, share, 0.0)
+        scaled[name] = u.times(entries / total), v.times(share)
     return scaled
 
 

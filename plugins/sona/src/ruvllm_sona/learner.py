@@ -11,6 +11,8 @@ import torch
 from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import FloatArray, LowRank
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.consolidate import held
+from ruvllm_sona.curvature import Hold
 from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
@@ -29,6 +31,7 @@ class LearnerConfig:
         seed: of where A starts.
         average: steps whose mean is what has been learned (Polyak and Juditsky 1992), as an exponential average; 1 is
             the last step. A verdict is one noisy bit, and its noise is in every step of that size: the mean has less.
+        ewc: λ of the proximal step towards what is held, times the learning rate of the step; 0 is none.
     """
 
     rank: int = 1
@@ -36,6 +39,7 @@ class LearnerConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     seed: int = 0
     average: int = 1
+    ewc: float = 0.0
 
 
 class Learner:
@@ -71,17 +75,23 @@ class Learner:
         """A copy of what has been learned, without what lies below."""
         return self._mean.deltas()
 
+    def learned(self) -> AdapterStack:
+        """The same as tensors that are not trained, on top of what lies below."""
+        return AdapterStack(held(self._mean).sites, self._mean.scales, self._below)
+
     def step(
         self,
         network: Network,
         examples: Sequence[Example],
         advantages: Sequence[float],
         reference: tuple[Network, AdapterStack] | None = None,
+        holds: Sequence[Hold] = (),
     ) -> Iterator[Outcome | None]:
-        """One step of Adam on the sum over `examples`; the last thing yielded is the outcome.
+        """One step of Adam on the sum over `examples`, then one towards what is held; the last thing yielded is the
+        outcome.
 
-        `reference` is what the leash is tied to; None is the base model. Afterwards `predicted` is by how much the loss
-        should have fallen, to first order.
+        `reference` is what the leash is tied to; None is the base model. Each of `holds` is about sites of its own.
+        Afterwards `predicted` is by how much the loss should have fallen, to first order.
 
         Raises `LearningError`, and changes nothing, if a gradient is not finite.
         """
@@ -96,7 +106,10 @@ class Learner:
             raise LearningError("the gradient of these answers is not finite, nothing was learned from them")
         yield None
         before = [factor.detach().clone() for factor in self._stack.parameters()]
-        self._adam.step()
+        if holds and self._config.ewc > 0.0:
+            yield from self._step_and_hold(holds)
+        else:
+            self._adam.step()
         self.predicted = -sum(
             float(torch.vdot(factor.grad.flatten(), (factor.detach() - was).flatten()))
             for factor, was in zip(self._stack.parameters(), before, strict=True)
@@ -106,6 +119,20 @@ class Learner:
         self.steps += 1
         follow(self._mean, self._stack, self.steps, self._config.average)
         yield outcome
+
+    def _step_and_hold(self, holds: Sequence[Hold]) -> Iterator[None]:
+        """Adam's step and the proximal one, a slice for each part of the sites; ended in between, neither."""
+        revert = self.snapshot()
+        yield None
+        try:
+            self._adam.step()
+            strength = torch.tensor([self._config.ewc * float(self._adam.param_groups[0]["lr"])], dtype=torch.float64)
+            for hold in holds:
+                yield None
+                hold.prox(self._stack, strength.to(self._device))
+        except BaseException:
+            revert()
+            raise
 
     def snapshot(self) -> Callable[[], None]:
         """Copies what a step changes; the function returned takes back all steps since, to the last bit."""

@@ -284,6 +284,7 @@ class SonaLoop:
         def job() -> Iterator[object]:
             try:
                 yield from self.study.deep(tenant)
+                self._plan(tenant)  # what was published is to be held
             except GeneratorExit:
                 hear(LearningError("deep training was ended", hint="start it again: it goes on where it was"))
                 raise
@@ -330,18 +331,20 @@ class SonaLoop:
 
     def _plan(self, tenant: Tenant, *, anew: bool = False) -> None:
         """Queue what has become due for a user; a job that has failed only `anew`."""
-        learn, maintain = (f"{what} {tenant.folder.name}" for what in ("learn", "maintain"))
-        if anew:
-            self._failed -= {learn, maintain}
-        waiting = self.settings.background and any(brain.pending for brain in tenant.brains.values())
-        if waiting and learn not in self._failed and not self._schedule.has(learn):
-            self._schedule.add(learn, self.study.learn(tenant), 1, lambda _: self._failed.add(learn))
-        if tenant.bank.due and maintain not in self._failed and not self._schedule.has(maintain):
-            work = tenant.maintain(self.study.elsewhere, self.study.judge)
-            self._schedule.add(maintain, work, 2, lambda _: self._failed.add(maintain))
+        brains, own, study = tenant.brains.values(), self.settings, self.study
+        for what, rank, due, work in (
+            ("preview", 0, own.background and any(brain.unjudged for brain in brains), study.preview),
+            ("learn", 1, own.background and any(brain.waiting for brain in brains), study.learn),
+            ("maintain", 2, tenant.bank.due, lambda tenant: tenant.maintain(study.elsewhere, study.judge)),
+        ):
+            name = f"{what} {tenant.folder.name}"
+            if anew:
+                self._failed.discard(name)
+            if due and name not in self._failed and not self._schedule.has(name):
+                self._schedule.add(name, work(tenant), rank, lambda _, name=name: self._failed.add(name))  # type: ignore[misc]
 
     def _drop_jobs(self, tenant: Tenant) -> None:
-        for what in ("learn", "maintain", "deep"):
+        for what in ("preview", "learn", "maintain", "deep"):
             self._schedule.drop(f"{what} {tenant.folder.name}")
 
     def _version(self, tenant: Tenant, answer: _Answer) -> str:

@@ -21,11 +21,17 @@ _KEPT = 64  # texts whose base states are remembered
 
 
 class NetworkMeasure:
-    """`ruvllm_sona.gate.Measure` over a `Network`; remembers the base model's hidden states of the last texts."""
+    """`ruvllm_sona.gate.Measure` over a `Network`; remembers the base model's hidden states of the last texts.
+
+    So it does of the last deltas, before the final site: to judge a preview on top of what was just published takes
+    its logits alone.
+    """
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._base: dict[tuple[int, ...], Tensor] = {}
+        self._layers: Deltas = {}
+        self._adapted: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, deltas: Deltas | None, texts: Sequence[Sequence[int]]) -> Generator[None, None, list[Measured]]:
         found = []
@@ -36,13 +42,31 @@ class NetworkMeasure:
                 while len(self._base) > _KEPT:
                     del self._base[next(iter(self._base))]
             base = self._base[ids]
-            hidden = (yield from self._hidden(deltas, ids)) if deltas else base
+            hidden = (yield from self._changed(deltas, ids)) if deltas else base
             step, parts = max(_PIECE // self._network.spec.vocab_size, 1), []
             for at in range(0, len(hidden), step):
                 parts.append(self._compare(hidden[at : at + step], base[at : at + step], ids[at + 1 :], bool(deltas)))
                 yield
             found.append(Measured(*(np.concatenate(one) for one in zip(*parts, strict=True))))
         return found
+
+    def _changed(self, deltas: Deltas, ids: tuple[int, ...]) -> Generator[None, None, Tensor]:
+        layers = {site: delta for site, delta in deltas.items() if site != FINAL_SITE}
+        hidden = self._base[ids]
+        if layers:
+            if layers.keys() != self._layers.keys() or any(
+                one is not self._layers[site] for site, one in layers.items()
+            ):
+                self._layers, self._adapted = layers, {}
+            known = self._adapted
+            if ids not in known:
+                known[ids] = yield from self._hidden(layers, ids)
+                while len(known) > _KEPT:
+                    del known[next(iter(known))]
+            hidden = known[ids]
+        if (final := deltas.get(FINAL_SITE)) is not None:
+            hidden = stack_of(self._network, {FINAL_SITE: final}).add(FINAL_SITE, hidden[None], hidden[None])[0]
+        return hidden
 
     def _hidden(self, deltas: Deltas | None, ids: tuple[int, ...]) -> Generator[None, None, Tensor]:
         network = self._network

@@ -18,6 +18,8 @@ class SonaSettings(BaseModel):
         rank, learning_rate: of the adapter in every linear layer; one step of Adam for each feedback.
         average: what is published is the mean of the adapters after so many last steps.
         leash: weight of the divergence from the base model in that step.
+        ewc: λ of EWC++, how firmly what was learned is held once it has been consolidated (see `Holding`); 0 is off.
+        consolidate_every: learned answers from one consolidation to the next.
         saturation: how soon an answer that has become likelier is left alone, per nat.
         budget: nats that a whole answer may be away from the base model before the leash tightens.
         max_answer: tokens of an answer that are learned from, its first ones.
@@ -44,6 +46,8 @@ class SonaSettings(BaseModel):
     learning_rate: float = Field(3e-3, gt=0.0, le=1.0)
     average: int = Field(40, ge=1)
     leash: float = Field(0.08, ge=0.0)
+    ewc: float = Field(1.0, ge=0.0, le=1e6, allow_inf_nan=False)
+    consolidate_every: int = Field(200, ge=1)
     saturation: float = Field(0.1, ge=0.0)
     budget: float = Field(float("inf"), gt=0.0)
     max_answer: int = Field(256, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.errors import LearningError
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import LearningContext
@@ -17,6 +19,7 @@ from ruvllm_sona.anchors import anchor_tokens
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.frames import Record
 from ruvllm_sona.gate import RESCUE, Gate, GateConfig, Verdict
+from ruvllm_sona.holding import ANSWERS, Holding
 from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
@@ -24,6 +27,7 @@ from ruvllm_sona.sites import Deltas, linear_sites
 from ruvllm_sona.tenant import DEEP, DISTILL, Tenant
 
 if TYPE_CHECKING:
+    from ruvllm_sona.curvature import Hold
     from ruvllm_sona.distilling import LargeTeacher
     from ruvllm_sona.measure import NetworkMeasure
     from ruvllm_sona.network import Network
@@ -55,9 +59,12 @@ class Study:
 
     def learn(self, tenant: Tenant) -> Work[None]:
         """Learn from all rated answers that wait, publish what passes the gate, and save."""
-        while waiting := [brain for brain in tenant.brains.values() if brain.pending]:
+        while waiting := [brain for brain in tenant.brains.values() if brain.waiting]:
             for brain in waiting:
-                yield from self._unless_changed(brain, self._learn(tenant, brain))
+                if brain.pending:
+                    yield from self._unless_changed(brain, self._learn(tenant, brain))
+                if brain.holding is not None and brain.holding.due:
+                    yield from self._unless_changed(brain, self._consolidate(tenant, brain, brain.holding))
         yield from self.elsewhere(tenant.snapshot())
 
     def deep(self, tenant: Tenant) -> Work[None]:
@@ -132,7 +139,7 @@ class Study:
         path.unlink(missing_ok=True)
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, actor, predicted)
-            brain.rebase(verdict.deltas)
+            brain.rebase(verdict.deltas, "anew")
             brain.life = object()  # the background loop begins again, on top of this
             yield from self.elsewhere(tenant.snapshot())
         else:
@@ -155,6 +162,7 @@ class Study:
         network, _ = yield from self._network()
         learner, covers, predicted, learned = brain.learner, brain.covers, 0.0, 0
         yield None
+        holds = (yield from self._holds(tenant, brain)) if brain.holding is not None else ()
         while brain.pending and learned < _AT_ONCE:
             example, advantage = brain.take()
             covers = max(covers, example.sequence)
@@ -165,7 +173,7 @@ class Study:
             yield None
             try:
                 learner.rate(self._settings.learning_rate * brain.backoff.step)
-                for _ in learner.step(network, [self._shortened(example)], [advantage]):
+                for _ in learner.step(network, [self._shortened(example)], [advantage], holds=holds):
                     yield None
             except (LearningError, RuntimeError, ValueError, IndexError) as error:  # an answer must not block the rest
                 revert()
@@ -190,8 +198,10 @@ class Study:
         if verdict.passed and verdict.deltas is not None:
             yield from self._publish(tenant, brain, verdict, covers, "background", {"loss": -predicted})
             tenant.learned += learned
+            if brain.holding is not None:
+                brain.holding.since += learned
             if verdict.scale != 1.0:
-                brain.rebase(verdict.deltas)
+                brain.rebase(verdict.deltas, "still")
         else:
             brain.undo()
             brain.settle(covers)
@@ -220,6 +230,63 @@ class Study:
             predicted=predicted,
             measured=measured,
         )
+
+    def _holds(self, tenant: Tenant, brain: Brain) -> Work[Sequence[Hold]]:
+        """What the steps of `brain` are held by; a file of it that is damaged holds nothing, and is told of."""
+        holding = brain.holding
+        assert holding is not None
+        if not holding.looked:
+            try:
+                yield from holding.load(linear_sites(self._context.spec), brain.below, self.elsewhere)
+            except LearningError as error:
+                _log.warning("what was learned is not held", user=tenant.name, reason=str(error))
+            brain.hold_preview()
+        return holding.holds
+
+    def _consolidate(self, tenant: Tenant, brain: Brain, holding: Holding) -> Work[None]:
+        """Hold what `brain` has learned up to now (see `Holding`)."""
+        network, _ = yield from self._network()
+        latest: deque[Example] = deque(maxlen=ANSWERS)
+        for number, one in enumerate(tenant.examples()):
+            learned = one.sequence <= brain.covers and one.sequence not in tenant.refused
+            if learned and tenant.route(one.prompt_ids) is brain:
+                latest.append(self._shortened(one))
+            if number % _READ == 0:
+                yield None
+        life, stack = brain.life, brain.learner.learned()
+        yield None
+        try:
+            if not latest:
+                raise LearningError("no rated answer is left of what was learned")
+            kept = yield from holding.consolidate(network, stack, list(latest), brain.below, self.elsewhere)
+            brain.hold_preview()
+            yield from self.elsewhere(partial(brain.keep, kept, life))
+        except (LearningError, RuntimeError, ValueError, IndexError) as error:  # learning must go on
+            holding.since = 0
+            _log.warning("what was learned could not be consolidated", user=tenant.name, reason=str(error))
+            return
+        note = f"answers {len(latest)}, consolidation {kept.count}"
+        version = str(brain.number)
+        tenant.audit.append("consolidate", actor="background", before=version, after=version, note=note)
+
+    def preview(self, tenant: Tenant) -> Work[None]:
+        """Judge the previews in force as whatever is published is, and take back what does not pass."""
+        for brain in list(tenant.brains.values()):
+            while brain.unjudged and brain in tenant.brains.values():
+                yield from self._preview(tenant, brain)
+
+    def _preview(self, tenant: Tenant, brain: Brain) -> Work[None]:
+        micro, version, begun = brain.micro, brain.micro.version, brain.begun
+        verdict = yield from self._judge({**brain.published, FINAL_SITE: micro.current}, RESCUE[:1])
+        if brain.begun is not begun or version not in micro.versions:
+            return  # what was judged is gone
+        if verdict.passed:
+            brain.accepted = version
+            return
+        before, reasons = brain.version, "; ".join(verdict.reasons)
+        brain.take_back()
+        _log.info("a preview did not pass the gate", user=tenant.name, reason=reasons)
+        tenant.audit.append("reject", actor="instant", before=before, after=brain.version, note=reasons)
 
     def _rejected(self, tenant: Tenant, brain: Brain, verdict: Verdict, actor: str) -> None:
         reasons = "; ".join(verdict.reasons)

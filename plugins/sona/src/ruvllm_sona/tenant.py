@@ -17,7 +17,7 @@ from ruvllm_core.errors import LearningError
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import FloatArray
 from ruvllm_sona.audit import Audit, read_audit
-from ruvllm_sona.brain import Brain
+from ruvllm_sona.brain import HELD, Brain
 from ruvllm_sona.chain import Entry
 from ruvllm_sona.drafting import ACCEPTANCE, ANSWERS, HEAD
 from ruvllm_sona.files import LOG, FolderLock, load_tensors, save_tensors, write_atomic
@@ -161,6 +161,7 @@ class Tenant:
         for folder in (self.folder / "versions").iterdir():  # also of patterns that are no more
             if folder.name not in {f"{pattern:04d}" for pattern in self.brains}:
                 shutil.rmtree(folder)
+        shutil.rmtree(self.folder / HELD, ignore_errors=True)
         self._begin()
         for example in self.examples():
             self.learn_later(example)
@@ -199,6 +200,7 @@ class Tenant:
             else:
                 brain.pending.extend([*other.hand, *other.pending])
                 other.life = object()
+                other.drop_held()
                 del self.brains[change.other]
                 if other.number:
                     yield from self._merge(brain, other, change.share, elsewhere, judge)
@@ -222,7 +224,7 @@ class Tenant:
                 return
             brain.put_back()
             brain.adopt(number, verdict.deltas, brain.covers)
-            brain.rebase(verdict.deltas)
+            brain.rebase(verdict.deltas, "anew")
             brain.life = object()
         self.audit.append(
             "publish" if verdict.passed else "reject",
