@@ -27,7 +27,7 @@ PROGRAMS = {
     "check_kernels": [CHECKS / f"check_{name}.cpp" for name in PARTS],
     "run_model": [
         CHECKS / "run_model.cpp",
-        *(CPU / f"{n}.cpp" for n in ("abi", "decoder", "ops", "pool", "memory", "isa")),
+        *(CPU / f"{n}.cpp" for n in ("abi", "adapters", "decoder", "ops", "pool", "memory", "isa")),
     ],
 }
 COMMON = [*(NEON / f"{name}.cpp" for name in KERNELS), CPU / "kernels_generic.cpp"]

@@ -77,8 +77,8 @@ void check_shape(const Tables& tables, const Scheme& s, int64_t rows, int64_t co
     // A product with a minimum is the difference of two, whose terms may cancel.
     const double share = s.halves.size() == 2 ? 8e-6 : 1e-6;
     const int64_t middle = rows > kPanelRows ? kPanelRows : rows;
-    tables.table->matmul(w.matrix, x.view, 0, middle, out.data(), stride, scratch.data());
-    if (middle < rows) tables.table->matmul(w.matrix, x.view, middle, rows, out.data(), stride, scratch.data());
+    tables.table->matmul(w.matrix, x.view, 0, middle, out.data(), stride, nullptr, scratch.data());
+    if (middle < rows) tables.table->matmul(w.matrix, x.view, middle, rows, out.data(), stride, nullptr, scratch.data());
     for (int64_t t = 0; t < count; t++) {
         for (int64_t r = 0; r < rows; r++) {
             double want = w.matrix.source.bias ? w.bias[(size_t)r] : 0.0, size = std::fabs(want);

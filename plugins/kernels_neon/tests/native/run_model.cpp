@@ -14,7 +14,7 @@
 extern "C" {
 int32_t rv_open(const RvModel* model, const Kernels* kernels, int32_t threads, RvDecoder** out);
 int32_t rv_forward(RvDecoder* decoder, const RvBatch* batch, float* hidden);
-int32_t rv_logits(RvDecoder* decoder, const float* hidden, int64_t count, float* out);
+int32_t rv_logits(RvDecoder* decoder, const float* hidden, int64_t count, const RvAdapter* const* adapters, float* out);
 void rv_close(RvDecoder* decoder);
 const Kernels* rv_kernels(const char* wanted);
 }
@@ -154,7 +154,7 @@ int main(int count, char** arguments) {
         const RvBatch batch{fed, 1, 1, (int64_t)segments.size(), tokens.data() + done, positions.data(), cu_q, &row,
                             slots.data(), &header.cos, &header.sin, segments.data(), nullptr,
                             older ? older->boundary.data() : nullptr, &move, move.count ? 1 : 0};
-        if (rv_forward(decoder, &batch, hidden.data()) || rv_logits(decoder, hidden.data(), 1, logits.data())) return 4;
+        if (rv_forward(decoder, &batch, hidden.data()) || rv_logits(decoder, hidden.data(), 1, nullptr, logits.data())) return 4;
         if (std::fwrite(logits.data(), 4, logits.size(), file) != logits.size()) return 2;
         done += fed;
         int64_t best = 0;
