@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,25 +19,21 @@ if TYPE_CHECKING:
     from ruvllm_sona.sites import Deltas
 
 _BITS = 8.0  # with fewer, rounding eats most of a change as small as those that are learned
-_version_option = click.option("--version", "number", type=click.IntRange(0), metavar="N", help="Not the one in force.")
-_patterns_option = click.option(
-    "--patterns", "how", type=click.Choice(("exact", "ties", "dare")), help="All patterns merged into one, this way."
-)
-_rank_option = click.option(
-    "--rank",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Of what --patterns makes; else all that exact needs, 64 of ties and dare.",
-)
+
+
+def _which_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Whose adapter, which version or which merge of it: what `_chosen` takes."""
+    version = click.option("--version", "number", type=click.IntRange(0), metavar="N", help="Not the one in force.")
+    what = "All patterns merged into one, this way."
+    how = click.option("--patterns", "how", type=click.Choice(("exact", "ties", "dare")), help=what)
+    what = "Of what --patterns makes; else all that exact needs, 64 of ties and dare."
+    rank = click.option("--rank", type=click.IntRange(1), metavar="N", help=what)
+    return place_options(version(pattern_option(how(rank(command)))))
 
 
 @click.command("export")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@place_options
-@_version_option
-@pattern_option
-@_patterns_option
-@_rank_option
+@_which_options
 @click.option("--base-model", metavar="ID", help="Hub id or folder of the model, for PEFT to find it; else MODEL.")
 @pass_app
 def export(
@@ -67,11 +64,7 @@ def export(
 
 @click.command("merge")
 @click.argument("destination", type=click.Path(path_type=Path, dir_okay=False))
-@place_options
-@_version_option
-@pattern_option
-@_patterns_option
-@_rank_option
+@_which_options
 @click.option(
     "--scheme", metavar="NAME", help="Of changed tensors; keep leaves each its own. Else q8_0 where it had fewer bits."
 )
