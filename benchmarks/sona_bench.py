@@ -23,7 +23,7 @@ from sona.tasks import MAX_TOKENS, TASKS
 _SMALL = {"tasks": "no I", "seeds": 1, "feedback": "4", "held_out": 2, "max_tokens": 10, "windows": 1, "window": 32,
           "chats": 1}  # fmt: skip
 
-_FLOATS = ("learning_rate", "leash", "saturation", "budget")
+_FLOATS = ("learning_rate", "leash", "text_leash", "saturation", "budget")
 
 
 def main() -> None:

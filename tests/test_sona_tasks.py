@@ -33,9 +33,11 @@ from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.deep import DeepConfig, deep
 from ruvllm_sona.gate import Gate, GateConfig
 from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.measure import NetworkMeasure, weight_norms
 from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network
+from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.patterns import PatternBank
 from ruvllm_sona.sites import final_site, linear_sites, start
 from ruvllm_sona.trace import Head, eligibility
@@ -231,10 +233,11 @@ def test_held_out_answers_do_not_depend_on_how_many_are_drawn_at_once() -> None:
 
 def test_lockstep_learns_what_the_plugin_learns() -> None:
     """Each cell's adapter is what the plugin's own learner makes of the same answers and advantages."""
-    model, config = subject(), LearnerConfig(learning_rate=0.01, average=2)
-    shapes = linear_sites(SPEC)
+    objective = ObjectiveConfig(text_leash=0.3)
+    model, config = subject(), LearnerConfig(learning_rate=0.01, average=2, objective=objective)
+    shapes, texts = linear_sites(SPEC), [tuple(tiny.TEXTS["b"][:12]), tuple(tiny.TEXTS["c"][:9])]
     cells = [Cell(controls.LEASHED, "short", 0), Cell(controls.SHUFFLED, "no I", 1), Cell(controls.LEASHED, "no I", 2)]
-    fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2)
+    fleet = lockstep.Fleet(model, cells, shapes, config, 3, 5, 2, texts=texts)
     for _ in range(3):
         fleet.round()
     assert len({one.quality for examples in fleet.log for one in examples}) > 1
@@ -243,7 +246,7 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     for n, cell in enumerate(cells):
         alone = Learner(shapes, replace(config, seed=cell.seed))
         for examples, found in zip(fleet.log, advantages, strict=True):
-            for _ in alone.step(model.network, [examples[n]], [found[n]]):
+            for _ in alone.step(model.network, [examples[n]], [found[n]], texts=[leash_piece(texts, alone.steps)]):
                 pass
         got = fleet.stack.deltas(n)
         for name, delta in alone.deltas().items():
@@ -348,7 +351,7 @@ def test_what_the_gate_refuses_changes_nothing() -> None:
 
 def test_the_deep_arm_is_the_plugins_own_training() -> None:
     """Of every cell, those that stop early and those that have nothing to learn among them."""
-    learner = LearnerConfig(rank=2, learning_rate=0.02, average=3)
+    learner = LearnerConfig(rank=2, learning_rate=0.02, average=3, objective=ObjectiveConfig(text_leash=0.2))
     model, config = subject(), DeepConfig(learner=learner, epochs=4, patience=0)
     cells = [Cell(controls.DEEP, task, seed) for task in ("short", "no I") for seed in (0, 1)]
     told = deep_arm.stored(model, cells, 8, 5, 8)

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.deep import DeepConfig, batches, on_leash, split
+from ruvllm_sona.deep import DeepConfig, batches, split
+from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.network import Network, padded
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites, start
-from ruvllm_sona.update import gradients
+from ruvllm_sona.update import gradients, text_gradients
 from sona.cells import Cell
+from sona.gating import finished
 from sona.lockstep import TEMPERATURE, copied
 from sona.measures import HeldOut
 from sona.optimizer import CellAdam
@@ -70,14 +72,14 @@ def train(
     learning = AdapterStack.of([start(shapes, learner.rank, cell.seed) for cell in cells], network.device).trainable()
     mean, best = copied(learning), copied(learning)
     adam = CellAdam(learning, mean, learner.learning_rate, learner.average)
-    anchors, students = on_leash(texts), []
+    students = []
     for row, (cell, examples) in enumerate(zip(cells, told, strict=True)):
         if 0 < sum(one.quality > 0.5 for one in examples) < len(examples):
             own, held = split(examples, replace(config, seed=cell.seed))
             students.append(_Student(row, own, held, cell.seed))
     active = list(students)
     for epoch in range(config.epochs):
-        rounds = [list(batches(one.train, anchors, replace(config, seed=one.seed), epoch)) for one in active]
+        rounds = [list(batches(one.train, replace(config, seed=one.seed), epoch)) for one in active]
         for step in range(max(map(len, rounds), default=0)):
             jobs = [
                 (one.row, example, weight)
@@ -86,10 +88,15 @@ def train(
             ]  # fmt: skip
             for first in range(0, len(jobs), at_once):
                 rows, examples, weights = zip(*jobs[first : first + at_once], strict=True)
-                for _ in gradients(network, _picked(learning, rows), examples, weights, learner.objective):
-                    pass
+                finished(gradients(network, _picked(learning, rows), examples, weights, learner.objective))
+            stepping = [one.row for one, steps in zip(active, rounds, strict=True) if step < len(steps)]
+            taken = adam.taken()
+            for first in range(0, len(stepping), at_once):
+                rows = stepping[first : first + at_once]
+                pieces = [leash_piece(texts, taken[row]) for row in rows]
+                finished(text_gradients(network, _picked(learning, rows), pieces, learner.objective))
             adam.step([1.0] * len(cells))
-            adam.take_back(sorted(set(range(len(cells))) - {row for row, _, _ in jobs}))
+            adam.take_back(sorted(set(range(len(cells))) - set(stepping)))
         _judge(network, active, mean, at_once)
         for one in active:
             better = one.margin > one.best

@@ -10,12 +10,13 @@ import torch
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.gate import Backoff
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import start
-from ruvllm_sona.update import gradients
+from ruvllm_sona.update import gradients, text_gradients
 from sona.cells import Baseline, Cell
 from sona.controls import feedback_of
-from sona.gating import Gatekeeper
+from sona.gating import Gatekeeper, finished
 from sona.optimizer import CellAdam
 from sona.sampling import Sampler
 from sona.subject import Subject
@@ -35,6 +36,7 @@ class Fleet:
         feedback: how many each cell gets.
         at_once: most cells in one backward pass.
         keeper: the gate; None lets everything pass.
+        texts: that nobody rated, a piece of one on the leash in every step.
 
     Attributes:
         stack: the adapters that answer, which are means of those that learn; `begun` is what they started as.
@@ -45,6 +47,7 @@ class Fleet:
     def __init__(
         self, subject: Subject, cells: Sequence[Cell], shapes: dict[str, tuple[int, int]], config: LearnerConfig,
         feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None,
+        texts: Sequence[Sequence[int]] = (),
     ) -> None:  # fmt: skip
         self.subject, self.cells, self.config, self._at_once = subject, list(cells), config, at_once
         device = subject.network.device
@@ -57,7 +60,7 @@ class Fleet:
         self._adam = CellAdam(self._learning, self.stack, config.learning_rate, config.average)
         self._keeper, self._backoffs = keeper, [Backoff() for _ in cells]
         self.refused = [0] * len(cells)
-        self._baseline = Baseline(len(cells))
+        self._baseline, self._texts = Baseline(len(cells)), texts
         self._scores: list[list[int]] = []
         self.log: list[list[Example]] = []
 
@@ -80,13 +83,14 @@ class Fleet:
 
     def _learn(self, examples: Sequence[Example]) -> None:
         advantages = self._baseline.advantages([one.quality for one in examples])
+        network, objective = self.subject.network, self.config.objective
+        pieces = [leash_piece(self._texts, step) for step in self._adam.taken() if self._texts]
         for first in range(0, len(examples), self._at_once):
             part = slice(first, first + self._at_once)
             sites = {name: (a[part], b[part]) for name, (a, b) in self._learning.sites.items()}
             rows = AdapterStack(sites, self._learning.scales)
-            work = gradients(self.subject.network, rows, examples[part], advantages[part], self.config.objective)
-            for _ in work:
-                pass
+            finished(gradients(network, rows, examples[part], advantages[part], objective))
+            finished(text_gradients(network, rows, pieces[part], objective))
         norms = torch._foreach_norm([factor.grad for factor in self._learning.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")

@@ -43,6 +43,10 @@ class CellAdam:
             mean.add_((factor - mean) * share)
             factor.grad = None
 
+    def taken(self) -> list[int]:
+        """Steps of each cell since it began."""
+        return [int(count) for count in self._steps.tolist()]
+
     @torch.no_grad()
     def take_back(self, cells: Sequence[int]) -> None:
         """Undo the last step of these cells."""

@@ -14,6 +14,7 @@ from ruvllm_sona.anchors import anchor_tokens
 from ruvllm_sona.deep import DeepConfig
 from ruvllm_sona.gate import RESCUE, GateConfig
 from ruvllm_sona.learner import LearnerConfig
+from ruvllm_sona.leash_texts import leash_tokens
 from ruvllm_sona.measure import weight_norms
 from ruvllm_sona.micro_config import MicroLoRAConfig
 from ruvllm_sona.objective import ObjectiveConfig
@@ -83,14 +84,15 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
         subject, windows(subject, other_text(plan.text), plan.windows, plan.window), plan.chats, plan.max_tokens
     )
     own, shapes = plan.settings(), linear_sites(subject.network.spec)
-    objective = ObjectiveConfig(own.leash, own.saturation, own.budget)
+    objective = ObjectiveConfig(own.leash, own.saturation, own.budget, own.text_leash)
     config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
-    free = replace(config, objective=replace(config.objective, leash=0.0))
+    texts = leash_tokens(subject.tokenizer)
+    free = replace(config, objective=replace(objective, leash=0.0, text_leash=0.0))
     leashed, keeper = (controls.LEASHED, controls.SHUFFLED, controls.CONSTANT), _keeper(subject, own)
     for arms, chosen, gate in ((leashed, config, keeper), ((controls.FREE,), free, None)):
         if cells := plan.cells(*arms):
             last, at_once = plan.checkpoints[-1], plan.train_at_once
-            fleet = Fleet(subject, cells, shapes, chosen, last, plan.max_tokens, at_once, gate)
+            fleet = Fleet(subject, cells, shapes, chosen, last, plan.max_tokens, at_once, gate, texts)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
             save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
@@ -151,7 +153,7 @@ def _deep(
     held_out: HeldOut, elsewhere: Elsewhere, keeper: Gatekeeper, say: Say,
 ) -> list[Measured]:  # fmt: skip
     subject, config = held_out.subject, DeepConfig()
-    texts = anchor_tokens(subject.tokenizer)
+    texts = leash_tokens(subject.tokenizer)
     stack, trained = train(subject.network, cells, told, texts, config, plan.train_at_once)
     verdicts = keeper.verdicts(stack, [RESCUE] * len(cells))
     passed = [n for n in trained if verdicts[n].passed]

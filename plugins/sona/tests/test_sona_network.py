@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ import torch
 from ruvllm_core.protocols import LowRank
 from ruvllm_core.testing import tiny
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.anchors import CHATS
+from ruvllm_sona.anchors import TEXTS as ANCHORS
 from ruvllm_sona.fisher import fisher
 from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.leash_texts import PIECE, leash_piece
+from ruvllm_sona.leash_texts import TEXTS as LEASHED
 from ruvllm_sona.network import Network, padded
 from ruvllm_sona.objective import ObjectiveConfig, saturated
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import final_site, linear_sites, start
-from ruvllm_sona.update import Outcome, gradients
+from ruvllm_sona.update import Outcome, gradients, text_gradients
 
 SPEC = tiny.tiny_spec()
 EXAMPLES = [
@@ -129,6 +134,60 @@ def test_a_leash_alone_pulls_back_to_the_reference() -> None:
         adam.step()
         found.append(float(outcome.kl.mean()))
     assert found[-1] < 0.25 * found[0]
+
+
+def test_texts_nobody_rated_add_their_leash_to_the_step() -> None:
+    """The gradient of a step is the answers' plus that of λ·KL on the texts, which is none of the answers' settings."""
+    made, config = network(), ObjectiveConfig(leash=0.3, saturation=0.02, budget=0.1, text_leash=0.7)
+    text, both, answer = EXAMPLES[1], stack(seed=3).trainable(), stack(seed=3).trainable()
+    alone = stack(seed=3).trainable()
+    value, _, _ = loss(made, alone, text, 0.0, ObjectiveConfig(leash=0.7))
+    value.backward()
+    last(gradients(made, answer, EXAMPLES[:1], [0.9], config))
+    last(gradients(made, both, EXAMPLES[:1], [0.9], config))
+    deque(text_gradients(made, both, [text], config), maxlen=0)
+    for name, factors in both.sites.items():
+        for mine, first, second in zip(factors, answer.sites[name], alone.sites[name], strict=True):
+            expected = (first.grad + second.grad).numpy()
+            np.testing.assert_allclose(mine.grad, expected, atol=3e-4 * abs(expected).max() + 1e-12, err_msg=name)
+            assert np.any(second.grad.numpy())
+
+
+def test_texts_nobody_rated_stay_nearer_to_the_base_model() -> None:
+    made, text = network(), replace(EXAMPLES[1], quality=0.5, temperature=1.0)
+    ids = padded([[*text.prompt_ids, *text.output_ids]])
+    far, moved = [], []
+    for strength in (0.0, 10.0):
+        config = LearnerConfig(objective=ObjectiveConfig(text_leash=strength))
+        learner = Learner(linear_sites(SPEC), config)
+        for _ in range(80):
+            outcome = last(learner.step(made, EXAMPLES[:1], [1.0], texts=[text]))
+        with torch.no_grad():
+            logp, base = (
+                torch.log_softmax(made.logits(made.hidden(ids, adapters))[0, len(text.prompt_ids) - 1 : -1], -1)
+                for adapters in (learner.learned(), AdapterStack({}, {}))
+            )
+        far.append(float((logp.exp() * (logp - base)).sum(-1).mean()))
+        moved.append(float(outcome.moved[0]))
+    assert far[1] < 0.2 * far[0]
+    assert moved[1] > 0.9 * moved[0] > 0
+
+
+def test_every_step_has_another_piece_of_another_text() -> None:
+    texts = [tuple(range(100, 100 + size)) for size in (2, 30, PIECE + 1, PIECE + 2, 3 * PIECE)]
+    pieces = [leash_piece(texts, step) for step in range(3 * len(texts))]
+    assert pieces == [leash_piece(texts, step) for step in range(3 * len(texts))]
+    seen = [{token for one in pieces[n :: len(texts)] for token in one.output_ids} for n in range(len(texts))]
+    assert seen == [set(text[1:]) for text in texts]
+    assert all(1 <= len(one.output_ids) <= PIECE and len(one.prompt_ids) == 1 for one in pieces)
+    assert all(one.output_ids[0] == one.prompt_ids[0] + 1 for one in pieces)
+
+
+def test_no_text_on_the_leash_is_one_the_gate_judges_by() -> None:
+    words = [set(zip(one.split(), one.split()[1:], one.split()[2:], one.split()[3:], strict=False)) for one in LEASHED]
+    anchors = " ".join((*ANCHORS, *(text for chat in CHATS for _, text in chat))).split()
+    judged = set(zip(anchors, anchors[1:], anchors[2:], anchors[3:], strict=False))
+    assert not any(one & judged for one in words), "four words in a row are the same"
 
 
 def test_what_moved_with_its_verdict_is_slowed_and_nothing_else() -> None:

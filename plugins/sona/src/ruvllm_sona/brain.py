@@ -96,7 +96,7 @@ class Brain:
             from ruvllm_sona.objective import ObjectiveConfig
 
             own = self._settings
-            objective = ObjectiveConfig(own.leash, own.saturation, own.budget)
+            objective = ObjectiveConfig(own.leash, own.saturation, own.budget, own.text_leash)
             config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average, ewc=own.ewc)
             self._learner = Learner(linear_sites(self._spec), config, below=self._below or None)
             if self._saved is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import FloatArray, LowRank
 from ruvllm_sona.learner import Learner, LearnerConfig
+from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
@@ -30,18 +31,18 @@ class DeepConfig:
         learner: rank, learning rate and loss.
         epochs: most rounds over the answers.
         batch: answers to one step of Adam.
-        anchors: texts on the leash to one step, besides.
         held_out: share of the answers that decide when to stop.
         patience: rounds without a better one, after which it ends.
         seed: of the order, and of who is held out.
     """
 
     learner: LearnerConfig = field(
-        default_factory=lambda: LearnerConfig(rank=8, learning_rate=3e-4, objective=ObjectiveConfig(leash=0.1))
+        default_factory=lambda: LearnerConfig(
+            rank=8, learning_rate=3e-4, objective=ObjectiveConfig(leash=0.1, text_leash=0.3), average=40
+        )
     )
     epochs: int = 5
     batch: int = 4
-    anchors: int = 1
     held_out: float = 0.15
     patience: int = 1
     seed: int = 0
@@ -70,11 +71,13 @@ def deep(
     network: Network,
     shapes: Mapping[str, tuple[int, int]],
     examples: Sequence[Example],
-    anchors: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     config: DeepConfig,
     resume: DeepProgress | None = None,
 ) -> Iterator[DeepProgress | None]:
     """Train; yields None between slices and a `DeepProgress` after every round, from which it can be resumed.
+
+    `texts` are those that nobody rated (see `leash_texts`), a piece of one on the leash in every step.
 
     Raises `LearningError` if there is nothing to tell good from bad by.
     """
@@ -90,11 +93,11 @@ def deep(
     if resume is not None:
         learner.restore(resume.state)
         best, kept, done = resume.best, resume.deltas, resume.epoch
-    texts = on_leash(anchors)
     since = 0
     for epoch in range(done, config.epochs):
-        for batch, weights in batches(train, texts, config, epoch):
-            for _ in learner.step(network, batch, weights):
+        for batch, weights in batches(train, config, epoch):
+            pieces = [leash_piece(texts, learner.steps)] if texts else []
+            for _ in learner.step(network, batch, weights, texts=pieces):
                 yield None
         deltas, margin = learner.deltas(), 0.0
         for found in _margin(network, deltas, held):
@@ -108,23 +111,14 @@ def deep(
             return
 
 
-def on_leash(texts: Sequence[Sequence[int]]) -> list[Example]:
-    """Texts that nobody rated, as examples of which only the leash takes notice if their weight is 0."""
-    return [Example("", tuple(text[:1]), tuple(text[1:]), 0.5) for text in texts if len(text) > 1]
-
-
-def batches(
-    train: Sequence[Example], texts: Sequence[Example], config: DeepConfig, epoch: int
-) -> Iterator[tuple[list[Example], list[float]]]:
-    """Examples of each step of a round, texts on the leash among them, and what each counts."""
+def batches(train: Sequence[Example], config: DeepConfig, epoch: int) -> Iterator[tuple[list[Example], list[float]]]:
+    """Examples of each step of a round, and what each counts."""
     share = sum(one.quality > 0.5 for one in train) / len(train)
     random = np.random.default_rng((config.seed, epoch))
     order = random.permutation(len(train)).tolist()
     for at in range(0, len(order), config.batch):
         batch = [train[i] for i in order[at : at + config.batch]]
-        weights = [_weight(one.quality, share) / len(batch) for one in batch]
-        extra = [texts[i] for i in random.integers(0, len(texts), config.anchors)] if texts else []
-        yield [*batch, *extra], [*weights, *[0.0] * len(extra)]
+        yield batch, [_weight(one.quality, share) / len(batch) for one in batch]
 
 
 def _weight(quality: float, share: float) -> float:

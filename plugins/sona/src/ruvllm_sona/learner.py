@@ -17,7 +17,7 @@ from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import Deltas, start
-from ruvllm_sona.update import Outcome, gradients
+from ruvllm_sona.update import Outcome, gradients, text_gradients
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class Learner:
         advantages: Sequence[float],
         reference: tuple[Network, AdapterStack] | None = None,
         holds: Sequence[Hold] = (),
+        texts: Sequence[Example] = (),
     ) -> Iterator[Outcome | None]:
         """One step of Adam on the sum over `examples`, then one towards what is held; the last thing yielded is the
         outcome.
 
         `reference` is what the leash is tied to; None is the base model. Each of `holds` is about sites of its own.
+        `texts` are on the leash, too, and nobody rated them.
         Afterwards `predicted` is by how much the loss should have fallen, to first order.
 
         Raises `LearningError`, and changes nothing, if a gradient is not finite.
@@ -100,6 +102,7 @@ class Learner:
         for found in gradients(network, self._stack, examples, advantages, self._config.objective, reference):
             outcome = found
             yield None
+        yield from text_gradients(network, self._stack, texts, self._config.objective, reference)
         grads = [factor.grad for factor in self._stack.parameters() if factor.grad is not None]
         if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
             self._adam.zero_grad()

@@ -26,6 +26,7 @@ class ObjectiveConfig:
 
     Attributes:
         leash: λ.
+        text_leash: λ of texts that nobody rated; 0 leaves them out.
         saturation: β, per nat of the whole answer; 0 never slows.
         budget: nats that a whole answer may be away from the base model; beyond, the leash is as many times tighter as
             the answer is further. A wish that the base model fulfils by chance with probability q needs −log q.
@@ -34,6 +35,7 @@ class ObjectiveConfig:
     leash: float = 0.03
     saturation: float = 0.1
     budget: float = float("inf")
+    text_leash: float = 0.0
 
 
 class AnswerTokens:

@@ -20,6 +20,7 @@ from ruvllm_sona.brain import Brain
 from ruvllm_sona.frames import Record
 from ruvllm_sona.gate import RESCUE, Gate, GateConfig, Verdict
 from ruvllm_sona.holding import ANSWERS, Holding
+from ruvllm_sona.leash_texts import leash_piece, leash_tokens
 from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
 from ruvllm_sona.settings import SonaSettings
@@ -52,6 +53,7 @@ class Study:
         self._files = ThreadPoolExecutor(1, thread_name_prefix="ruvllm-sona-files")
         self._made: tuple[Network, NetworkMeasure] | None = None
         self._gate: Gate | None = None
+        self._leash_texts: Sequence[Sequence[int]] | None = None
 
     def close(self) -> None:
         """Wait for files that are being written."""
@@ -86,10 +88,10 @@ class Study:
             examples.append(self._shortened(one))
             if number % _READ == 0:
                 yield None
-        anchors = yield from self._anchors()
+        texts = yield from self._texts()
         covers = examples[-1].sequence if examples else 0
         shapes, last = linear_sites(self._context.spec), load_progress(path, covers)
-        for found in deep(network, shapes, examples, anchors, DeepConfig(), resume=last):
+        for found in deep(network, shapes, examples, texts, DeepConfig(), resume=last):
             if found is not None:
                 last = found
                 yield from self.elsewhere(partial(save_progress, path, found, covers))
@@ -163,6 +165,7 @@ class Study:
         learner, covers, predicted, learned = brain.learner, brain.covers, 0.0, 0
         yield None
         holds = (yield from self._holds(tenant, brain)) if brain.holding is not None else ()
+        texts = yield from self._texts()
         while brain.pending and learned < _AT_ONCE:
             example, advantage = brain.take()
             covers = max(covers, example.sequence)
@@ -173,7 +176,8 @@ class Study:
             yield None
             try:
                 learner.rate(self._settings.learning_rate * brain.backoff.step)
-                for _ in learner.step(network, [self._shortened(example)], [advantage], holds=holds):
+                pieces = [leash_piece(texts, learner.steps)] if texts else []
+                for _ in learner.step(network, [self._shortened(example)], [advantage], holds=holds, texts=pieces):
                     yield None
             except (LearningError, RuntimeError, ValueError, IndexError) as error:  # an answer must not block the rest
                 revert()
@@ -338,6 +342,14 @@ class Study:
             return list((yield from self.elsewhere(lambda: anchor_tokens(tokenizer, self._settings.anchors))))
         size = self._context.spec.vocab_size
         return [tuple(range(start, min(start + 16, size))) for start in range(0, size - _LEAST_ANCHOR, size // 8)]
+
+    def _texts(self) -> Work[Sequence[Sequence[int]]]:
+        """Texts that nobody rated; none where there is no tokenizer."""
+        if self._leash_texts is None:
+            tokenizer = self._context.tokenizer
+            made = (yield from self.elsewhere(partial(leash_tokens, tokenizer))) if tokenizer is not None else ()
+            self._leash_texts = made
+        return self._leash_texts
 
     def _shortened(self, example: Example) -> Example:
         room = min(self._settings.max_answer, self._context.spec.max_context - len(example.prompt_ids))

@@ -6,7 +6,7 @@ Everything is a generator that yields between slices, so that whoever runs it de
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -138,3 +138,17 @@ def gradients(
     for _ in way.backward(grad):
         yield None
     yield Outcome(kl, moved, weight)
+
+
+def text_gradients(
+    network: Network,
+    adapters: AdapterStack,
+    texts: Sequence[Example],
+    config: ObjectiveConfig,
+    reference: tuple[Network, AdapterStack] | None = None,
+) -> Iterator[None]:
+    """Add the gradient of the leash on texts that nobody rated; they are shorter than answers, and go by themselves."""
+    if texts and config.text_leash:
+        alone = replace(config, leash=config.text_leash, saturation=0.0, budget=float("inf"))
+        for _ in gradients(network, adapters, texts, [0.0] * len(texts), alone, reference):
+            yield
