@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 ANSWERS = 32  # the latest ones whose Fisher information is taken
 _PLACES = 8  # of each
-_COLUMNS = 16  # of the sketches: 20 MB for SmolLM2-135M
+_COLUMNS = 32  # of the sketches: 41 MB for SmolLM2-135M, see docs/learning.md for what fewer would save and cost
 _HORIZON = 5  # consolidations: their plain mean, and then a moving average of so long a memory
 _AT_ONCE, _AVERAGED = 28, 7  # sites that are held, and averaged, in one slice
-_KIND = "holding 1"
+_KIND = "holding 2"
 #: Has work done by a thread that may wait for the disk; yields until it is done, and returns what it returned.
 Elsewhere = Callable[[Callable[[], Any]], Generator[object, None, Any]]
 
