@@ -24,6 +24,7 @@ _SMALL = {"tasks": "no I", "seeds": 1, "feedback": "4", "held_out": 2, "max_toke
           "chats": 1}  # fmt: skip
 
 _FLOATS = ("learning_rate", "leash", "text_leash", "saturation", "budget")
+_SETTINGS = ("rank", "average", "replay", *_FLOATS)
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
     learner = parser.add_argument_group("whole-network learning", "what is left out is as the plugin has it")
     learner.add_argument("--rank", type=int)
     learner.add_argument("--average", type=int)
+    learner.add_argument("--replay", action=argparse.BooleanOptionalAction)
     for name in _FLOATS:
         learner.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell, kind by kind")
@@ -73,9 +75,7 @@ def main() -> None:
         dtype=args.dtype,
         at_once=args.at_once,
         train_at_once=args.train_at_once,
-        learner={
-            name: getattr(args, name) for name in ("rank", "average", *_FLOATS) if getattr(args, name) is not None
-        },
+        learner={name: value for name in _SETTINGS if (value := getattr(args, name)) is not None},
     )
     began = time.perf_counter()
 

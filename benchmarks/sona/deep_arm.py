@@ -17,7 +17,7 @@ from ruvllm_sona.sites import linear_sites, start
 from ruvllm_sona.update import gradients, text_gradients
 from sona.cells import Cell
 from sona.gating import finished
-from sona.lockstep import TEMPERATURE, copied
+from sona.lockstep import TEMPERATURE, copied, picked
 from sona.measures import HeldOut
 from sona.optimizer import CellAdam
 from sona.subject import Subject
@@ -88,13 +88,13 @@ def train(
             ]  # fmt: skip
             for first in range(0, len(jobs), at_once):
                 rows, examples, weights = zip(*jobs[first : first + at_once], strict=True)
-                finished(gradients(network, _picked(learning, rows), examples, weights, learner.objective))
+                finished(gradients(network, picked(learning, rows), examples, weights, learner.objective))
             stepping = [one.row for one, steps in zip(active, rounds, strict=True) if step < len(steps)]
             taken = adam.taken()
             for first in range(0, len(stepping), at_once):
                 rows = stepping[first : first + at_once]
                 pieces = [leash_piece(texts, taken[row]) for row in rows]
-                finished(text_gradients(network, _picked(learning, rows), pieces, learner.objective))
+                finished(text_gradients(network, picked(learning, rows), pieces, learner.objective))
             adam.step([1.0] * len(cells))
             adam.take_back(sorted(set(range(len(cells))) - set(stepping)))
         _judge(network, active, mean, at_once)
@@ -117,7 +117,7 @@ def _judge(network: Network, students: Sequence[_Student], mean: AdapterStack, a
     for first in range(0, len(jobs), at_once):
         part = jobs[first : first + at_once]
         examples = [example for _, example in part]
-        own = _mean_logprobs(network, _picked(mean, [one.row for one, _ in part]), examples)
+        own = _mean_logprobs(network, picked(mean, [one.row for one, _ in part]), examples)
         base = _mean_logprobs(network, AdapterStack({}, {}), examples)
         moved += (own - base).tolist()
     for one in students:
@@ -135,11 +135,6 @@ def _mean_logprobs(network: Network, rows: AdapterStack, examples: Sequence[Exam
     logp = torch.log_softmax(network.logits(network.hidden(tokens, rows)[owner, places - 1]), -1)
     found = logp.gather(1, tokens[owner, places, None])[:, 0]
     return torch.zeros(len(examples), device=device).index_add_(0, owner, found) / lengths
-
-
-def _picked(stack: AdapterStack, rows: Sequence[int]) -> AdapterStack:
-    at = torch.tensor(rows, device=stack.parameters()[0].device)
-    return AdapterStack({name: (a[at], b[at]) for name, (a, b) in stack.sites.items()}, stack.scales)
 
 
 def _of(cells: Sequence[Cell], seed: int) -> Cell:

@@ -12,6 +12,7 @@ from ruvllm_sona.gate import Backoff
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.records import Example
+from ruvllm_sona.replay import Replay
 from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients, text_gradients
 from sona.cells import Baseline, Cell
@@ -37,6 +38,7 @@ class Fleet:
         at_once: most cells in one backward pass.
         keeper: the gate; None lets everything pass.
         texts: that nobody rated, a piece of one on the leash in every step.
+        replay: learn from an earlier answer of the other verdict as well, in every step.
 
     Attributes:
         stack: the adapters that answer, which are means of those that learn; `begun` is what they started as.
@@ -47,7 +49,7 @@ class Fleet:
     def __init__(
         self, subject: Subject, cells: Sequence[Cell], shapes: dict[str, tuple[int, int]], config: LearnerConfig,
         feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None,
-        texts: Sequence[Sequence[int]] = (),
+        texts: Sequence[Sequence[int]] = (), replay: bool = False,
     ) -> None:  # fmt: skip
         self.subject, self.cells, self.config, self._at_once = subject, list(cells), config, at_once
         device = subject.network.device
@@ -61,6 +63,7 @@ class Fleet:
         self._keeper, self._backoffs = keeper, [Backoff() for _ in cells]
         self.refused = [0] * len(cells)
         self._baseline, self._texts = Baseline(len(cells)), texts
+        self._replay, self._replays = replay, [Replay() for _ in cells]
         self._scores: list[list[int]] = []
         self.log: list[list[Example]] = []
 
@@ -73,7 +76,7 @@ class Fleet:
         before = self._scores[-1] if self._scores else None
         given = [feedback_of(cell.arm, scores[n], before[n] if before else None) for n, cell in enumerate(self.cells)]
         examples = [
-            Example(f"{n}", prompt, answer, quality, TEMPERATURE)
+            Example(f"{n}", prompt, answer, quality, TEMPERATURE, sequence=number + 1)
             for n, (prompt, answer, quality) in enumerate(zip(asked, answers, given, strict=True))
         ]
         self.log.append(examples)
@@ -84,13 +87,20 @@ class Fleet:
     def _learn(self, examples: Sequence[Example]) -> None:
         advantages = self._baseline.advantages([one.quality for one in examples])
         network, objective = self.subject.network, self.config.objective
+        jobs = [(n, one, ahead) for n, (one, ahead) in enumerate(zip(examples, advantages, strict=True))]
+        for n, (replay, one, mean) in enumerate(zip(self._replays, examples, self._baseline.means, strict=True)):
+            if (again := replay.other(one, mean)) is not None:
+                jobs.append((n, again, again.quality - mean))
+            if self._replay:
+                replay.add(one)
+        for first in range(0, len(jobs), self._at_once):
+            rows, answers, weights = zip(*jobs[first : first + self._at_once], strict=True)
+            finished(gradients(network, picked(self._learning, rows), answers, weights, objective))
         pieces = [leash_piece(self._texts, step) for step in self._adam.taken() if self._texts]
-        for first in range(0, len(examples), self._at_once):
+        for first in range(0, len(pieces), self._at_once):
             part = slice(first, first + self._at_once)
-            sites = {name: (a[part], b[part]) for name, (a, b) in self._learning.sites.items()}
-            rows = AdapterStack(sites, self._learning.scales)
-            finished(gradients(network, rows, examples[part], advantages[part], objective))
-            finished(text_gradients(network, rows, pieces[part], objective))
+            stack = picked(self._learning, range(*part.indices(len(pieces))))
+            finished(text_gradients(network, stack, pieces[part], objective))
         norms = torch._foreach_norm([factor.grad for factor in self._learning.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")
@@ -104,6 +114,12 @@ class Fleet:
             self.refused[n] += not verdict.passed
             if verdict.passed and verdict.scale != 1.0:
                 self._adam.begin_anew(n, verdict.scale)
+
+
+def picked(stack: AdapterStack, rows: Sequence[int]) -> AdapterStack:
+    """Those of these rows, in this order; gradients find their way back."""
+    at = torch.tensor(rows, device=stack.parameters()[0].device)
+    return AdapterStack({name: (a[at], b[at]) for name, (a, b) in stack.sites.items()}, stack.scales)
 
 
 def copied(stack: AdapterStack) -> AdapterStack:
