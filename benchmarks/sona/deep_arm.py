@@ -14,7 +14,7 @@ from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.network import Network, padded
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import linear_sites, start
-from ruvllm_sona.update import gradients, text_gradients
+from ruvllm_sona.update import gradients
 from sona.cells import Cell
 from sona.gating import finished
 from sona.lockstep import TEMPERATURE, copied, picked
@@ -94,7 +94,7 @@ def train(
             for first in range(0, len(stepping), at_once):
                 rows = stepping[first : first + at_once]
                 pieces = [leash_piece(texts, taken[row]) for row in rows]
-                finished(text_gradients(network, picked(learning, rows), pieces, learner.objective))
+                finished(gradients(network, picked(learning, rows), (), (), learner.objective, texts=pieces))
             adam.step([1.0] * len(cells))
             adam.take_back(sorted(set(range(len(cells))) - set(stepping)))
         _judge(network, active, mean, at_once)

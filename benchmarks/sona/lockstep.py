@@ -14,7 +14,7 @@ from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.records import Example
 from ruvllm_sona.replay import Replay
 from ruvllm_sona.sites import start
-from ruvllm_sona.update import gradients, text_gradients
+from ruvllm_sona.update import gradients
 from sona.cells import Baseline, Cell
 from sona.controls import feedback_of
 from sona.gating import Gatekeeper, finished
@@ -100,7 +100,7 @@ class Fleet:
         for first in range(0, len(pieces), self._at_once):
             part = slice(first, first + self._at_once)
             stack = picked(self._learning, range(*part.indices(len(pieces))))
-            finished(text_gradients(network, stack, pieces[part], objective))
+            finished(gradients(network, stack, (), (), objective, texts=pieces[part]))
         norms = torch._foreach_norm([factor.grad for factor in self._learning.parameters() if factor.grad is not None])
         if not bool(torch.isfinite(torch.stack(norms)).all()):
             raise ArithmeticError("a gradient is not finite")

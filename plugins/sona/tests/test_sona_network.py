@@ -22,7 +22,7 @@ from ruvllm_sona.network import Network, padded
 from ruvllm_sona.objective import ObjectiveConfig, saturated
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import final_site, linear_sites, start
-from ruvllm_sona.update import Outcome, gradients, text_gradients
+from ruvllm_sona.update import Outcome, gradients
 
 SPEC = tiny.tiny_spec()
 EXAMPLES = [
@@ -145,7 +145,7 @@ def test_texts_nobody_rated_add_their_leash_to_the_step() -> None:
     value.backward()
     last(gradients(made, answer, EXAMPLES[:1], [0.9], config))
     last(gradients(made, both, EXAMPLES[:1], [0.9], config))
-    deque(text_gradients(made, both, [text], config), maxlen=0)
+    last(gradients(made, both, (), (), config, texts=[text]))
     for name, factors in both.sites.items():
         for mine, first, second in zip(factors, answer.sites[name], alone.sites[name], strict=True):
             expected = (first.grad + second.grad).numpy()

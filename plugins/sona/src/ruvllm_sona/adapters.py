@@ -40,6 +40,12 @@ class AdapterStack:
             sites[name] = a, b
         return cls(sites, {name: delta.scale for name, delta in rows[0].items()})
 
+    @property
+    def shared(self) -> bool:
+        """Whether all rows of a batch have the same adapter, or none."""
+        below = self.below is None or self.below.shared
+        return below and all(len(a) == 1 for a, _ in self.sites.values())
+
     def parameters(self) -> list[Tensor]:
         """Every A and B, site after site."""
         return [factor for both in self.sites.values() for factor in both]

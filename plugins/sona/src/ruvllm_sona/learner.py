@@ -17,7 +17,7 @@ from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.sites import Deltas, start
-from ruvllm_sona.update import Outcome, gradients, text_gradients
+from ruvllm_sona.update import Outcome, gradients
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,9 @@ class Learner:
         """
         self._adam.zero_grad()
         outcome = None
-        for found in gradients(network, self._stack, examples, advantages, self._config.objective, reference):
+        for found in gradients(network, self._stack, examples, advantages, self._config.objective, reference, texts):
             outcome = found
             yield None
-        yield from text_gradients(network, self._stack, texts, self._config.objective, reference)
         grads = [factor.grad for factor in self._stack.parameters() if factor.grad is not None]
         if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
             self._adam.zero_grad()

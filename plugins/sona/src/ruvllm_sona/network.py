@@ -166,6 +166,15 @@ class Network:
             seen &= at[:, None] - at < window
         return self.masked(query, key, value, seen)
 
+    def apart(self, ends: Sequence[int]) -> Attend:
+        """Causal attention within each of several texts that are one row, and end there."""
+        parts = [slice(*both) for both in zip((0, *ends), ends, strict=False)]
+
+        def attend(n: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return torch.cat([self.causal(n, query[:, :, at], key[:, :, at], value[:, :, at]) for at in parts], 2)
+
+        return attend
+
     def masked(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
         """Attention where `seen`, a boolean that broadcasts to ``[G, H, T, S]``; keys are there for every head."""
         scores = (query @ key.transpose(-1, -2)) * self.spec.scale

@@ -89,8 +89,8 @@ class AnswerTokens:
         self.kl = self._sum(kl) / self._lengths
 
     @torch.no_grad()
-    def gradient(self, weight: Tensor, leash: float, budget: float = float("inf")) -> Tensor:
-        """The loss's gradient by the hidden states, ``[N, C]``, with ``c · w`` of each answer ``[M]``."""
+    def gradient(self, weight: Tensor, leash: Tensor, budget: Tensor) -> Tensor:
+        """The loss's gradient by the hidden states, ``[N, C]``, with ``c · w``, λ and the budget of each ``[M]``."""
         share = (weight / self._temperature / self._lengths)[self._owner, None]
         d = torch.softmax(self._logits / self._temperature[self._owner, None], -1).mul_(share)
         d.scatter_add_(1, self._targets[:, None], -share)

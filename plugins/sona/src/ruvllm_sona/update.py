@@ -6,13 +6,14 @@ Everything is a generator that yields between slices, so that whoever runs it de
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.network import Network, padded
+from ruvllm_sona.network import Attend, Network, padded
 from ruvllm_sona.objective import AnswerTokens, ObjectiveConfig, saturated
 from ruvllm_sona.records import Example
 
@@ -44,13 +45,26 @@ class Pass:
         tokens: int64 ``[M, T]``.
         keep: remember what the way back needs.
         inputs: go back to the first layer's input, though nothing there is trained.
+        ends: where texts end that are one row, after one another; empty if each has a row of its own.
     """
 
     def __init__(
-        self, network: Network, adapters: AdapterStack, *, tokens: Tensor, keep: bool, inputs: bool = False
+        self,
+        network: Network,
+        adapters: AdapterStack,
+        *,
+        tokens: Tensor,
+        keep: bool,
+        inputs: bool = False,
+        ends: Sequence[int] = (),
     ) -> None:
         self._network, self._adapters, self._keep, self._inputs = network, adapters, keep, inputs
         self._rope = network.rope(tokens.shape[1])
+        self._attend: Attend = network.causal
+        if ends:
+            lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+            at = torch.cat([torch.arange(length, device=tokens.device) for length in lengths])
+            self._rope, self._attend = network.rope(max(lengths), at[None]), network.apart(ends)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self.x = network.embed(tokens)
 
@@ -63,7 +77,7 @@ class Pass:
                 y = (
                     self._network.norm(x, self._adapters)
                     if n == layers
-                    else self._network.layer(n, x, self._rope, self._adapters)
+                    else self._network.layer(n, x, self._rope, self._adapters, self._attend)
                 )
             if self._keep:
                 self._kept.append((x, y))
@@ -89,36 +103,46 @@ def gradients(
     advantages: Sequence[float],
     config: ObjectiveConfig,
     reference: tuple[Network, AdapterStack] | None = None,
+    texts: Sequence[Example] = (),
 ) -> Iterator[Outcome | None]:
     """Add the gradient of the loss (see `objective`) to the adapters' ``grad``; the last thing yielded is the outcome.
 
     Args:
-        adapters: one for each example, or one for all; the loss is a sum over examples.
+        adapters: one for each of examples and texts, or one for all; the loss is a sum over them. With one for all they
+            go through the network after one another in one row, so that no time is spent on padding.
         advantages: ``c`` of each example; 0 leaves only the leash.
         reference: what the leash is tied to, a model of the same vocabulary; None is the base model.
+        texts: that nobody rated: of them there is only the leash, with its own weight, and nothing in the outcome.
     """
-    device = network.device
-    tokens = padded([[*one.prompt_ids, *one.output_ids] for one in examples], device)
-    lengths = torch.tensor([len(one.output_ids) for one in examples], device=device)
-    owner = torch.repeat_interleave(torch.arange(len(examples), device=device), lengths)
-    places = torch.cat([torch.arange(len(one.output_ids), device=device) + len(one.prompt_ids) for one in examples])
-    targets, places = tokens[owner, places], places - 1
-    way = Pass(network, adapters, tokens=tokens, keep=True)
+    device, both = network.device, [*examples, *(texts if config.text_leash else ())]
+    ids = [[*one.prompt_ids, *one.output_ids] for one in both]
+    ends = np.cumsum([len(one) for one in ids]).tolist() if adapters.shared else []
+    tokens = padded([[token for one in ids for token in one]] if ends else ids, device)
+    starts = [0, *ends[:-1]] if ends else [0] * len(ids)
+    lengths = torch.tensor([len(one.output_ids) for one in both], device=device)
+    owner = torch.repeat_interleave(torch.arange(len(both), device=device), lengths)
+    rows = torch.zeros_like(owner) if ends else owner
+    begins = [start + len(one.prompt_ids) for start, one in zip(starts, both, strict=True)]
+    places = torch.cat(
+        [torch.arange(at, at + len(one.output_ids), device=device) for at, one in zip(begins, both, strict=True)]
+    )
+    targets, places = tokens[rows, places], places - 1
+    way = Pass(network, adapters, tokens=tokens, keep=True, ends=ends)
     for _ in way.forward():
         yield None
-    drawn_at = torch.tensor([one.temperature or 1.0 for one in examples], device=device)
+    drawn_at = torch.tensor([one.temperature or 1.0 for one in both], device=device)
     piece_size = _PIECE if device.type == "cpu" else _LARGE_PIECE
-    hidden, step = way.x[owner, places], max(piece_size // network.spec.vocab_size, 1)
+    hidden, step = way.x[rows, places], max(piece_size // network.spec.vocab_size, 1)
     parts, pieces = [slice(at, at + step) for at in range(0, len(owner), step)], []
     for part in parts:
         pieces.append(AnswerTokens(network, hidden[part], targets[part], owner[part], drawn_at, lengths))
         yield None
-    if config.saturation or config.leash:
+    if config.saturation or config.leash or len(both) > len(examples):
         tied, stack = reference or (network, AdapterStack({}, {}))
-        base = Pass(tied, stack, tokens=tokens, keep=False)
+        base = Pass(tied, stack, tokens=tokens, keep=False, ends=ends)
         for _ in base.forward():
             yield None
-        hidden = base.x[owner, places]
+        hidden = base.x[rows, places]
         for part, piece in zip(parts, pieces, strict=True):
             with torch.no_grad():
                 logits = tied.logits(hidden[part])
@@ -128,27 +152,17 @@ def gradients(
             yield None
     kl, moved = sum(piece.kl for piece in pieces), sum(piece.moved for piece in pieces)
     assert isinstance(kl, Tensor) and isinstance(moved, Tensor)
-    weight = saturated(torch.tensor(advantages, device=device), moved, config.saturation)
+    rated, extra = len(examples), len(both) - len(examples)
+    c = torch.tensor([*advantages, *[0.0] * extra], device=device)
+    leash = torch.tensor([config.leash] * rated + [config.text_leash] * extra, device=device)
+    budget = torch.tensor([config.budget] * rated + [float("inf")] * extra, device=device)
+    weight = saturated(c, moved, config.saturation)
     grad = torch.zeros_like(way.x)
     for part in parts:
         piece = pieces.pop(0)
         piece.kl = kl
-        grad[owner[part], places[part]] = piece.gradient(weight, config.leash, config.budget)
+        grad[rows[part], places[part]] = piece.gradient(weight, leash, budget)
         yield None
     for _ in way.backward(grad):
         yield None
-    yield Outcome(kl, moved, weight)
-
-
-def text_gradients(
-    network: Network,
-    adapters: AdapterStack,
-    texts: Sequence[Example],
-    config: ObjectiveConfig,
-    reference: tuple[Network, AdapterStack] | None = None,
-) -> Iterator[None]:
-    """Add the gradient of the leash on texts that nobody rated; they are shorter than answers, and go by themselves."""
-    if texts and config.text_leash:
-        alone = replace(config, leash=config.text_leash, saturation=0.0, budget=float("inf"))
-        for _ in gradients(network, adapters, texts, [0.0] * len(texts), alone, reference):
-            yield
+    yield Outcome(kl[:rated], moved[:rated], weight[:rated])
