@@ -27,6 +27,7 @@ from ruvllm_core.settings import load_settings
 from ruvllm_sona.loop import SonaLoop
 from ruvllm_sona.micro import MicroLoRA
 from ruvllm_sona.micro_config import MicroLoRAConfig
+from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.trace import Trace
 
 Row = tuple[str, str, dict[str, float]]
@@ -95,20 +96,29 @@ def instant(made: Engine, count: int) -> Row:
 
 
 def update(made: Engine, rounds: int) -> Row:
-    """One step of Adam for a prompt of 40 tokens and an answer of 80, leash included."""
+    """One step of Adam for a prompt of 40 tokens and an answer of 80 with the plugin's settings: the leash, a text that
+    nobody rated, and an earlier answer as long if there is replay."""
     from ruvllm_sona.learner import Learner, LearnerConfig
+    from ruvllm_sona.leash_texts import leash_piece, leash_tokens
     from ruvllm_sona.network import Network
+    from ruvllm_sona.objective import ObjectiveConfig
     from ruvllm_sona.records import Example
     from ruvllm_sona.sites import linear_sites
 
     rng, parts = np.random.default_rng(0), made._parts
     network = Network(made.spec, parts.model.weights)
     longest = max(timed(lambda work=work: next(work, None)) for work in [network.load()] * 400)
-    prompt, answer = (tuple(rng.integers(0, made.spec.vocab_size, n).tolist()) for n in (40, 80))
-    learner, seconds = Learner(linear_sites(made.spec), LearnerConfig()), []
+    own, texts = SonaSettings(), leash_tokens(made.tokenizer)
+    objective = ObjectiveConfig(own.leash, own.saturation, own.budget, own.text_leash)
+    config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
+    learner, seconds = Learner(linear_sites(made.spec), config), []
+    rated, weights = [], [0.5, -0.5][: 1 + own.replay]
+    for _ in weights:
+        prompt, answer = (tuple(rng.integers(0, made.spec.vocab_size, n).tolist()) for n in (40, 80))
+        rated.append(Example("", prompt, answer, 1.0, 0.8))
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        work = learner.step(network, [Example("", prompt, answer, 1.0, 0.8)], [0.5])
+        work = learner.step(network, rated, weights, texts=[leash_piece(texts, learner.steps)])
         while (slice_s := timed_next(work)) is not None:
             longest = max(longest, slice_s)
         seconds.append(time.perf_counter() - began)
