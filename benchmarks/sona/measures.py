@@ -30,6 +30,7 @@ class Measured:
         score, on_topic: means over held-out answers.
         perplexity: on other text, over the base model's.
         kl: nats a token, of the base model from this one, on chats about other things that the base model answered.
+        refused: steps that the gate did not let pass.
     """
 
     cell: Cell
@@ -38,6 +39,7 @@ class Measured:
     on_topic: float
     perplexity: float = 1.0
     kl: float = 0.0
+    refused: int = 0
 
 
 def held_out_luck(seed: int, count: int, max_tokens: int, draw: int = 0) -> np.ndarray:

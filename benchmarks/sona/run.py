@@ -141,7 +141,8 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
             own = {arm: [s for cell, s in zip(fleet.cells, scores, strict=True) if cell.arm == arm] for arm in arms}
             say(f"feedback {number}: " + ", ".join(f"{arm} {sum(s) / len(s):.2f}" for arm, s in own.items()))
         if number in plan.checkpoints:
-            rows += measured(plan, fleet.cells, fleet.stack, number, held_out, elsewhere)
+            found = measured(plan, fleet.cells, fleet.stack, number, held_out, elsewhere)
+            rows += [replace(row, refused=count) for row, count in zip(found, fleet.refused, strict=True)]
             if controls.RANDOM in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 rows += _random(plan, fleet, number, held_out, elsewhere)
             say(f"measured {len(fleet.cells)} cells after {number}; {sum(fleet.refused)} steps were refused")
