@@ -21,7 +21,7 @@ from ruvllm_core.protocols import Backend, LearningLoop
 
 T = TypeVar("T")
 _IDLE_BUDGET_S = 0.05
-_BUSY_BUDGET_S, _BUSY_SHARE = 0.02, 1 / 32  # so that whoever asks without a pause is learned from, too
+_BUSY_BUDGET_S, _BUSY_SHARE = 0.02, 1 / 48  # so that whoever asks without a pause is learned from, too
 _log = get_logger("worker")
 
 
