@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_core.errors import ConfigError
-from ruvllm_kernels_cuda.blocks import weights_tile
+from ruvllm_kernels_cuda.blocks import ONE, weights_tile
 from ruvllm_kernels_cuda.packing import PackedPart
 
 _ROWS = 16  # of a program: 32 values a thread, which leaves room for many programs
@@ -22,6 +22,7 @@ def _dequant_kernel(
     count,
     rows,
     columns,
+    one,
     SCALES: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -31,7 +32,7 @@ def _dequant_kernel(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = i < count
     values = weights_tile(
-        data, factors, record, 0, first + i, keep, rows, SCALES, BITS, CHUNKS, GROUPS=8, TYPE=out.dtype.element_ty
+        data, factors, record, 0, first + i, keep, rows, one, SCALES, BITS, CHUNKS, GROUPS=8, TYPE=out.dtype.element_ty
     )
     k = record * 256 + tl.arange(0, 256)
     at = out + i.to(tl.int64)[:, None] * columns + k[None, :]
@@ -58,7 +59,7 @@ def dequantize_rows(part: PackedPart, out: Tensor, first: int = 0, count: int | 
         return view.copy_(part.data[first : first + count])
     factors = part.data if part.factors is None else part.factors
     _dequant_kernel[(triton.cdiv(count, _ROWS), part.records)](
-        part.data, factors, view, first, count, part.rows, part.columns,
+        part.data, factors, view, first, count, part.rows, part.columns, ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     return view

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.blocks import weights_tile
+from ruvllm_kernels_cuda.blocks import ONE, weights_tile
 from ruvllm_kernels_cuda.packing import PackedMatrix
 
 _TOKENS = 4  # of a program
@@ -34,6 +34,7 @@ def _embed_blocks(
     rows,
     total,
     columns,
+    one,
     SCALES: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -41,7 +42,7 @@ def _embed_blocks(
 ):
     i, n, here, nowhere = _wanted(tokens, count, first, rows, total, TOKENS)
     record = tl.program_id(1)
-    values = weights_tile(data, factors, record, 0, n, here, rows, SCALES, BITS, CHUNKS, GROUPS=8, TYPE=tl.float32)
+    values = weights_tile(data, factors, record, 0, n, here, rows, one, SCALES, BITS, CHUNKS, GROUPS=8, TYPE=tl.float32)
     values = tl.where(nowhere[:, None], float("nan"), values)
     k = record * 256 + tl.arange(0, 256)
     keep = (here | nowhere)[:, None] & (k < columns)[None, :]
@@ -81,7 +82,7 @@ def embed(packed: PackedMatrix, tokens: Tensor, out: Tensor) -> Tensor:
         else:
             factors = part.data if part.factors is None else part.factors
             _embed_blocks[blocks](
-                tokens, part.data, factors, out, *where,
+                tokens, part.data, factors, out, *where, ONE,
                 SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks, TOKENS=_TOKENS, num_warps=4,
             )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.blocks import finish, weights_tile
+from ruvllm_kernels_cuda.blocks import ONE, finish, weights_tile
 from ruvllm_kernels_cuda.packing import RECORD, PackedPart
 from ruvllm_kernels_cuda.scratch import Scratch
 
@@ -67,6 +67,7 @@ def _tile_kernel(
     x_stride,
     residual_stride,
     out_stride,
+    one,
     SCALES: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -77,6 +78,7 @@ def _tile_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     # Tiles that share weights are neighbours in the order of launching, so that the weights come from memory once.
     tile_m, tile_n, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -88,12 +90,12 @@ def _tile_kernel(
     for step in range(piece * per, min(steps, (piece + 1) * per)):
         g0 = (step % (8 // GROUPS)) * GROUPS
         w = weights_tile(
-            data, factors, step // (8 // GROUPS), g0, n, keep_n, rows, SCALES, BITS, CHUNKS, GROUPS, tl.bfloat16
+            data, factors, step // (8 // GROUPS), g0, n, keep_n, rows, one, SCALES, BITS, CHUNKS, GROUPS, tl.bfloat16
         )
         k = step * (32 * GROUPS) + tl.arange(0, 32 * GROUPS)
         keep = keep_m[None, :] if EVEN else keep_m[None, :] & (k < columns)[:, None]
         a = tl.load(x + m[None, :] * x_stride + k[:, None], mask=keep, other=0.0).to(tl.bfloat16)
-        total = tl.dot(w, a, total)
+        total = tl.dot(w.to(FACTOR), a.to(FACTOR), total)
     finish(
         total,
         m[None, :],
@@ -146,12 +148,14 @@ def gemm(
     if split * count * rows > scratch.partial.numel() or tiles[0] * tiles[1] > scratch.arrived.numel():
         split = 1
     factors = part.data if part.factors is None else part.factors
+    # The interpreter takes the bits of bfloat16 for integers when it multiplies: it gets the rounded values as float32.
+    factor = tl.float32 if x.device.type == "cpu" else tl.bfloat16
     _tile_kernel[(*tiles, split)](
         x, part.data, factors, bias, residual, out, scratch.partial, scratch.arrived,
         count, rows, part.columns, part.records * (8 // config.groups),
-        x.stride(0), residual.stride(0), out.stride(0),
+        x.stride(0), residual.stride(0), out.stride(0), ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
         ROWS=config.rows, TOKENS=config.tokens, GROUPS=config.groups, SPLIT=split,
-        EVEN=part.columns % RECORD == 0, num_warps=config.warps, num_stages=config.stages, **flags,
+        EVEN=part.columns % RECORD == 0, FACTOR=factor, num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip
     return out

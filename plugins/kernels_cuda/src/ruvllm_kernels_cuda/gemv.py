@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.blocks import BYTE, CODES, HALF, PAIR, byte_at, finish, half_at
+from ruvllm_kernels_cuda.blocks import BYTE, CODES, ONE, PAIR, byte_at, finish, half_at, mantissa
 from ruvllm_kernels_cuda.packing import RECORD, PackedPart
 from ruvllm_kernels_cuda.scratch import Scratch
 
@@ -50,16 +50,9 @@ FLOAT_CANDIDATES = tuple(Config(repeat, warps, 1) for repeat in (2, 4, 8, 16) fo
 
 
 @triton.jit
-def _shifted(word, left: tl.constexpr):
-    if left >= 0:
-        return word << left
-    return word >> -left
-
-
-@triton.jit
 def _word(words, j, index: tl.constexpr):
     """Word `index` of the last axis. j is known when compiling, so nothing is left of the sum."""
-    return tl.sum(tl.where(j == index, words, 0), axis=3)
+    return tl.sum(tl.where(j == index, words, 0), axis=4)
 
 
 @triton.jit
@@ -73,6 +66,52 @@ def _code(first, second, third, index: tl.constexpr):
     else:
         code = (third >> (6 * (index - 10))) & 63
     return code.to(tl.float32)
+
+
+@triton.jit
+def _pick(first, second, third, fourth, index: tl.constexpr):
+    if index == 0:
+        return first
+    if index == 1:
+        return second
+    if index == 2:
+        return third
+    return fourth
+
+
+@triton.jit
+def _scales(
+    first,
+    second,
+    third,
+    fourth,
+    min0,
+    min1,
+    min2,
+    min3,
+    factor,
+    factor_min,
+    g: tl.constexpr,
+    part: tl.constexpr,
+    SCALES: tl.constexpr,
+    BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Scale times UNIT and minimum of half `part` of the 32 columns of group `g`, from the words of a scale chunk."""
+    if SCALES == CODES:
+        scale = factor * _code(second, third, fourth, g)
+        minimum = factor_min * _code(second, third, fourth, 8 + g)
+    elif SCALES == BYTE:
+        scale = factor * byte_at(_pick(first, second, third, fourth, g // 2), 2 * (g % 2) + part)
+        minimum = scale * ((1 << (BITS - 1)) / UNIT)
+    else:
+        scale = half_at(_pick(first, second, third, fourth, g // 2), 16 * (g % 2))
+        if SCALES == PAIR:
+            minimum = -half_at(_pick(min0, min1, min2, min3, g // 2), 16 * (g % 2))
+        else:
+            minimum = scale * (1 << (BITS - 1))
+        scale *= UNIT
+    return scale, minimum
 
 
 @triton.jit
@@ -114,6 +153,7 @@ def _blocks_kernel(
     residual_stride,
     out_stride,
     eps,
+    one,
     SCALES: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -131,32 +171,29 @@ def _blocks_kernel(
     LOW: tl.constexpr = SCALE_CHUNKS + 2 * HIGH
     WIDTH: tl.constexpr = 16 if BITS == 8 else 32  # columns of a chunk
     PARTS: tl.constexpr = 2 if SCALES == BYTE else 1  # scales of a chunk
-    BASE: tl.constexpr = 15 - HIGH  # where the lower of two codes starts in the mantissa
-    UNIT: tl.constexpr = 256.0 if BITS == 8 else (16 << HIGH) * 1.0
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    ONE: tl.constexpr = 0x3F800000
-    FIELD: tl.constexpr = ((1 << BITS) - 1) << BASE if BITS == 8 else 15 << BASE
-    TOP: tl.constexpr = ((1 << HIGH) - 1) << (BASE + 4)
+    UNIT: tl.constexpr = 256.0 if BITS == 8 else (1 << BITS) * 1.0  # of `mantissa`, of the upper of two codes
+    PER: tl.constexpr = 4 // HIGH if HIGH > 0 else 1  # chunks that a chunk of high bits serves
 
     tile, piece = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, M)
-    # [REPEAT, WARPS, 32, 4]: rows of a lane, records, lanes, words of a chunk.
-    lane = tile * (32 * REPEAT) + tl.arange(0, REPEAT)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    n = lane[:, None, :, None]
-    j = tl.arange(0, 4)[None, None, None, :]
+    # Tiles are [32 lanes, WARPS, REPEAT, M, 4 words]. In this order the compiler gives lanes and warps the first two
+    # axes and a thread the rest; all tiles have all axes from the start, so that none has to change its layout.
+    row = tile * (32 * REPEAT) + tl.arange(0, 32)[:, None] + tl.arange(0, REPEAT)[None, :] * 32
+    n = row[:, None, :, None, None]
+    j = tl.arange(0, 4)[None, None, None, None, :]
+    m5 = m[None, None, None, :, None]
     chunk_words = rows * 4
     record_words = CHUNKS * rows * 4
-    acc = tl.zeros((M, REPEAT, WARPS, 32), tl.float32)
+    acc = tl.zeros((32, WARPS, REPEAT, M), tl.float32)
     per = tl.cdiv(records, SPLIT)
     stop = min(records, (piece + 1) * per)
     for start in range(piece * per, stop, WARPS):
-        record = start + tl.arange(0, WARPS)
-        there = (n < rows) & (record < stop)[None, :, None, None]
-        words = data + (record * record_words)[None, :, None, None] + n * 4 + j
-        # [M, 1, WARPS, 1, 4]
-        k = (record * 256)[None, None, :, None, None] + tl.arange(0, 4)[None, None, None, None, :]
-        xm = x + m[:, None, None, None, None] * x_stride
-        xkeep = (m < count)[:, None, None, None, None] & (record < stop)[None, None, :, None, None]
+        record = (start + tl.arange(0, WARPS))[None, :, None, None, None]
+        there = (n < rows) & (record < stop)
+        words = data + record * record_words + n * 4 + j
+        k = record * 256 + j
+        xm = x + m5 * x_stride
+        xkeep = (m5 < count) & (record < stop)
         scales = tl.load(words, mask=there, other=0)
         first = _word(scales, j, 0)
         second = _word(scales, j, 1)
@@ -168,97 +205,57 @@ def _blocks_kernel(
             min1 = _word(minima, j, 1)
             min2 = _word(minima, j, 2)
             min3 = _word(minima, j, 3)
+        else:
+            min0, min1, min2, min3 = first, first, first, first
         if SCALES == BYTE:
-            at = factors + (record * rows)[None, :, None] + lane[:, None, :]
-            factor = tl.load(at, mask=(lane < rows)[:, None, :] & (record < stop)[None, :, None], other=0.0)
+            at = (start + tl.arange(0, WARPS))[None, :, None, None]
+            n4 = row[:, None, :, None]
+            factor = tl.load(factors + at * rows + n4, mask=(n4 < rows) & (at < stop), other=0.0)
             factor = factor.to(tl.float32) * UNIT
-        if SCALES == CODES:
+            factor_min = factor
+        elif SCALES == CODES:
             factor = half_at(first, 0) * UNIT
             factor_min = half_at(first, 16)
+        else:
+            factor = acc
+            factor_min = acc
         for c in tl.static_range(256 // WIDTH):
-            g: tl.constexpr = c * WIDTH // 32
             w = tl.load(words + (LOW + c) * chunk_words, mask=there, other=0)
             if HIGH > 0:
-                PER: tl.constexpr = 4 // HIGH
                 if c % PER == 0:
                     h = tl.load(words + (SCALE_CHUNKS + c // PER) * chunk_words, mask=there, other=0)
+                high = h >> (HIGH * (c % PER))
+            else:
+                high = w
             for part in tl.static_range(PARTS):
-                p = tl.zeros((M, REPEAT, WARPS, 32, 4), tl.float32)
-                even = tl.zeros((M, 1, WARPS, 1, 4), tl.float32)
-                odd = tl.zeros((M, 1, WARPS, 1, 4), tl.float32)
-                if BITS == 8:
-                    for b in tl.static_range(4):
-                        kb = k + (WIDTH * c + 4 * b)
-                        value = _activations(xm, norm, kb, xkeep if EVEN else xkeep & (kb < columns), NORM)
-                        t = (_shifted(w, 15 - 8 * b) & FIELD) | ONE
-                        p += t.to(tl.float32, bitcast=True)[None] * value
-                        odd += value
-                    minus = odd
-                    sums = odd
-                else:
-                    for pair in tl.static_range(part * 2, part * 2 + 4 // PARTS):
-                        u = _shifted(w, BASE - 8 * pair)
-                        lower = (u & FIELD) | ONE
-                        upper = (u & (FIELD << 4)) | ONE
-                        if HIGH > 0:
-                            v = _shifted(h, BASE + 4 - 8 * pair - HIGH * (c % PER))
-                            lower |= v & TOP
-                            upper |= v & (TOP << 4)
-                        kb = k + (32 * c + 8 * pair)
-                        value = _activations(xm, norm, kb, xkeep if EVEN else xkeep & (kb < columns), NORM)
-                        p += lower.to(tl.float32, bitcast=True)[None] * (value * 16)
+                p = tl.zeros((32, WARPS, REPEAT, M, 4), tl.float32)
+                even = tl.zeros((1, WARPS, 1, M, 4), tl.float32)
+                odd = tl.zeros((1, WARPS, 1, M, 4), tl.float32)
+                for b in tl.static_range(part * (WIDTH // 4 // PARTS), (part + 1) * (WIDTH // 4 // PARTS)):
+                    kb = k + (WIDTH * c + 4 * b)
+                    value = _activations(xm, norm, kb, xkeep if EVEN else xkeep & (kb < columns), NORM)
+                    if BITS < 8 and b % 2 == 0:  # the lower of two codes: its unit is a sixteenth
                         even += value
-                        kb += 4
-                        value = _activations(xm, norm, kb, xkeep if EVEN else xkeep & (kb < columns), NORM)
-                        p += upper.to(tl.float32, bitcast=True)[None] * value
+                        p += mantissa(w, high, one, b, BITS) * (value * 16)
+                    else:
                         odd += value
-                    minus = even * 16 + odd
-                    sums = even + odd
-                # [M, 1, WARPS, 1]
+                        p += mantissa(w, high, one, b, BITS) * value
+                minus = even * 16 + odd
+                sums = even + odd
                 minus = tl.sum(minus, axis=4)
                 sums = tl.sum(sums, axis=4)
-                if SCALES == CODES:
-                    scale = factor * _code(second, third, fourth, g)
-                    minimum = factor_min * _code(second, third, fourth, 8 + g)
-                elif SCALES == BYTE:
-                    if g // 2 == 0:
-                        scale = factor * byte_at(first, 2 * (g % 2) + part)
-                    elif g // 2 == 1:
-                        scale = factor * byte_at(second, 2 * (g % 2) + part)
-                    elif g // 2 == 2:
-                        scale = factor * byte_at(third, 2 * (g % 2) + part)
-                    else:
-                        scale = factor * byte_at(fourth, 2 * (g % 2) + part)
-                    minimum = scale * (MIDDLE / UNIT)
-                else:
-                    if g // 2 == 0:
-                        scale = half_at(first, 16 * (g % 2))
-                    elif g // 2 == 1:
-                        scale = half_at(second, 16 * (g % 2))
-                    elif g // 2 == 2:
-                        scale = half_at(third, 16 * (g % 2))
-                    else:
-                        scale = half_at(fourth, 16 * (g % 2))
-                    if SCALES == PAIR:
-                        if g // 2 == 0:
-                            minimum = -half_at(min0, 16 * (g % 2))
-                        elif g // 2 == 1:
-                            minimum = -half_at(min1, 16 * (g % 2))
-                        elif g // 2 == 2:
-                            minimum = -half_at(min2, 16 * (g % 2))
-                        else:
-                            minimum = -half_at(min3, 16 * (g % 2))
-                    else:
-                        minimum = scale * MIDDLE
-                    scale *= UNIT
-                acc += scale[None] * (tl.sum(p, axis=4) - minus) - minimum[None] * sums
-    total = tl.sum(acc, axis=2)  # [M, REPEAT, 32]
+                scale, minimum = _scales(
+                    first, second, third, fourth, min0, min1, min2, min3, factor, factor_min,
+                    c * WIDTH // 32, part, SCALES, BITS, UNIT,
+                )  # fmt: skip
+                acc += scale * (tl.sum(p, axis=4) - minus) - minimum * sums
+    total = tl.sum(acc, axis=1)  # [32, REPEAT, M]
     if NORM:
-        total *= _inverse_rms(x, x_stride, m, count, columns, eps, M, 256)[:, None, None]
+        total *= _inverse_rms(x, x_stride, m, count, columns, eps, M, 256)[None, None, :]
     finish(
         total,
-        m[:, None, None],
-        lane[None, :, :],
+        m[None, None, :],
+        row[:, :, None],
         tile,
         piece,
         rows,
@@ -387,7 +384,7 @@ def gemv(
     factors = part.data if part.factors is None else part.factors
     _blocks_kernel[(tiles, split)](
         x, norm, part.data, factors, bias, residual, out, scratch.partial, scratch.arrived,
-        count, rows, part.columns, part.records, *strides, eps,
+        count, rows, part.columns, part.records, *strides, eps, ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
         M=m, REPEAT=config.repeat, WARPS=config.warps, SPLIT=split,
         EVEN=part.columns % RECORD == 0, num_warps=config.warps, num_stages=1, **flags,
