@@ -208,10 +208,9 @@ def _blocks_kernel(
         else:
             min0, min1, min2, min3 = first, first, first, first
         if SCALES == BYTE:
-            at = (start + tl.arange(0, WARPS))[None, :, None, None]
-            n4 = row[:, None, :, None]
-            factor = tl.load(factors + at * rows + n4, mask=(n4 < rows) & (at < stop), other=0.0)
-            factor = factor.to(tl.float32) * UNIT
+            # Of four records, so that these tiles have the shape and the layout of all others.
+            four = tl.load(factors + (record // 4 * rows + n) * 4 + j, mask=there, other=0.0).to(tl.float32)
+            factor = tl.sum(tl.where(j == record % 4, four, 0.0), axis=4) * UNIT
             factor_min = factor
         elif SCALES == CODES:
             factor = half_at(first, 0) * UNIT
@@ -229,8 +228,8 @@ def _blocks_kernel(
                 high = w
             for part in tl.static_range(PARTS):
                 p = tl.zeros((32, WARPS, REPEAT, M, 4), tl.float32)
-                even = tl.zeros((1, WARPS, 1, M, 4), tl.float32)
-                odd = tl.zeros((1, WARPS, 1, M, 4), tl.float32)
+                even = tl.zeros((32, WARPS, 1, M, 4), tl.float32)
+                odd = tl.zeros((32, WARPS, 1, M, 4), tl.float32)
                 for b in tl.static_range(part * (WIDTH // 4 // PARTS), (part + 1) * (WIDTH // 4 // PARTS)):
                     kb = k + (WIDTH * c + 4 * b)
                     value = _activations(xm, norm, kb, xkeep if EVEN else xkeep & (kb < columns), NORM)
