@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -298,22 +297,21 @@ def _float_kernel(
 ):
     m = tl.arange(0, M)
     n = tl.program_id(0) * REPEAT + tl.arange(0, REPEAT)
-    row = data + n[:, None].to(tl.int64) * columns
-    acc = tl.zeros((M, REPEAT, WIDTH), tl.float32)
+    # Tiles are [REPEAT, M, WIDTH] from the start, as above.
+    n3, m3 = n[:, None, None], m[None, :, None]
+    row = data + n3.to(tl.int64) * columns
+    acc = tl.zeros((REPEAT, M, WIDTH), tl.float32)
     for start in range(0, columns, WIDTH):
-        k = start + tl.arange(0, WIDTH)[None, :]
-        keep = k < columns
-        w = tl.load(row + k, mask=keep & (n < rows)[:, None], other=0.0).to(tl.float32)
-        xkeep = (m < count)[:, None] & keep
-        value = _activations(x + m[:, None] * x_stride, norm, k, xkeep, NORM)
-        acc += w[None] * value[:, None, :]
+        k = start + tl.arange(0, WIDTH)[None, None, :]
+        w = tl.load(row + k, mask=(k < columns) & (n3 < rows), other=0.0).to(tl.float32)
+        acc += w * _activations(x + m3 * x_stride, norm, k, (k < columns) & (m3 < count), NORM)
     total = tl.sum(acc, axis=2)
     if NORM:
-        total *= _inverse_rms(x, x_stride, m, count, columns, eps, M, WIDTH)[:, None]
+        total *= _inverse_rms(x, x_stride, m, count, columns, eps, M, WIDTH)[None, :]
     finish(
         total,
-        m[:, None],
-        n[None, :],
+        m[None, :],
+        n[:, None],
         0,
         0,
         rows,
