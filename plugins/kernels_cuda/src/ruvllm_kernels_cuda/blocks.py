@@ -1,7 +1,7 @@
 """What every kernel over packed weights needs: scales, whole tiles of weights, and the end of a product.
 
-The layout is that of `packing.py`. Element by element, a tile costs about eight instructions a weight, which the rows of
-activations that share it pay together; single rows have their own way in `gemv.py`.
+The layout is that of `packing.py`. A tile costs about eight instructions a weight, which the rows of activations that
+share it pay together; single rows have their own way in `gemv.py`.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def mantissa(low, high, one, b: tl.constexpr, BITS: tl.constexpr):
 
     Args:
         high: words with the high bits of b = 0 in bit 0, of b = 1 in bit 4; read where BITS is 5 or 6.
-        one: the bits of 1.0 in a variable: a logical operation takes one constant, and that is the mask. Not knowing it, the
-            compiler cannot reorder the operations into more of them either.
+        one: the bits of 1.0 in a variable: a logical operation takes one constant, and that is the mask. Not knowing
+            it, the compiler cannot reorder the operations into more of them either.
     """
     if BITS == 8:
         bits = (shifted(low, 15 - 8 * b) & (255 << 15)) | one
@@ -206,7 +206,7 @@ def store_rows(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Write ``total + bias[n] + residual[m, n]`` to ``out[m, n]``; m and n are index tiles that broadcast to `total`."""
+    """Write ``total + bias[n] + residual[m, n]`` to ``out[m, n]``; m and n are indices that broadcast to `total`."""
     if BIAS:
         total += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
     if RESIDUAL:

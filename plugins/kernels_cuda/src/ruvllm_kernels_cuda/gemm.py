@@ -1,7 +1,7 @@
 """Products of many activation rows: packed weights and tensor cores.
 
-A program unpacks a tile of weights to bfloat16 and multiplies it, as the left operand, with the activations of up to 128
-rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their columns
+A program unpacks a tile of weights to bfloat16 and multiplies it, as the left operand, with the activations of up to
+128 rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their columns
 as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation rows as
 there are (up to 128), and for thousands it is cheaper to unpack a matrix once and leave the product to cuBLAS.
 """
@@ -150,7 +150,8 @@ def gemm(
     factors = part.data if part.factors is None else part.factors
     # The interpreter takes the bits of bfloat16 for integers when it multiplies: it gets the rounded values as float32.
     factor = tl.float32 if x.device.type == "cpu" else tl.bfloat16
-    _tile_kernel[(*tiles, split)](
+    grid = (*tiles, split)
+    _tile_kernel[grid](
         x, part.data, factors, bias, residual, out, scratch.partial, scratch.arrived,
         count, rows, part.columns, part.records * (8 // config.groups),
         x.stride(0), residual.stride(0), out.stride(0), ONE,

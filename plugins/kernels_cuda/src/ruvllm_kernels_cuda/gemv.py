@@ -6,9 +6,9 @@ for instance, the products with t are summed, and the sum of the activations is 
 where scales are for 16). The lower of two neighbouring codes stands four bits lower, so its activation is multiplied by
 16. That makes half a shift, one three-input logical operation (two with high bits) and one multiply-add a weight.
 
-At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads and 8 for a 6.5625-bit one. What is compiled for it
-has 4.3 instructions a 4-bit weight with REPEAT 4 (half of a slot for the activations), 7.3 a 6-bit weight with REPEAT 2,
-which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at a time.
+At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads and 8 for a 6.5625-bit one. What is compiled for
+it has 4.3 instructions a 4-bit weight with REPEAT 4, nearly one of them for activations, and 7.3 a 6-bit weight with
+REPEAT 2, which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at a time.
 Two rows of activations cost nearly twice as much; from there on tensor cores (`gemm.py`) should win.
 """
 
