@@ -27,8 +27,8 @@ from ruvllm_core.registry import Registry
 from ruvllm_core.settings import CacheConfig, Settings
 from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
 
-# Without a GPU the kernels written in Triton are interpreted. Triton wants to know before it is imported, which many other
-# packages do as well.
+# Without a GPU the kernels written in Triton are interpreted. Triton wants to know before it is imported, which many
+# other packages do as well.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

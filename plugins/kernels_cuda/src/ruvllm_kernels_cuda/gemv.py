@@ -8,8 +8,8 @@ where scales are for 16). The lower of two neighbouring codes stands four bits l
 
 At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads and 8 for a 6.5625-bit one. What is compiled for
 it has 4.3 instructions a 4-bit weight with REPEAT 4, nearly one of them for activations, and 7.3 a 6-bit weight with
-REPEAT 2, which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at a time.
-Two rows of activations cost nearly twice as much; from there on tensor cores (`gemm.py`) should win.
+REPEAT 2, which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at
+a time. Two rows of activations cost nearly twice as much; from there on tensor cores (`gemm.py`) should win.
 """
 
 from __future__ import annotations
