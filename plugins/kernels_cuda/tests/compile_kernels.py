@@ -55,10 +55,10 @@ def main(capability: int) -> None:
         record = {"SCALES": layout.scales, "BITS": layout.bits, "CHUNKS": layout.chunks}
         product = record | {"BIAS": True, "RESIDUAL": True, "EVEN": True}
         found[f"vector {scheme}"] = build(
-            gemv._blocks_kernel, capability, 4, M=1, REPEAT=2, WARPS=4, SPLIT=2, NORM=scheme == "q6_k", **product
+            gemv._blocks_kernel, capability, 4, M=1, REPEAT=2, WARPS=4, SPLIT=True, NORM=scheme == "q6_k", **product
         )
         found[f"tiles {scheme}"] = build(
-            gemm._tile_kernel, capability, 4, 3, ROWS=64, TOKENS=16, GROUPS=4, SPLIT=2, FACTOR=tl.bfloat16, **product
+            gemm._tile_kernel, capability, 4, 3, ROWS=64, TOKENS=16, GROUPS=4, SPLIT=True, FACTOR=tl.bfloat16, **product
         )
         found[f"unpack {scheme}"] = build(dequant._dequant_kernel, capability, 4, ROWS=16, **record)
         found[f"embed {scheme}"] = build(embed._embed_blocks, capability, 4, TOKENS=4, **record)

@@ -220,7 +220,8 @@ def finish(
     m,
     n,
     tile,
-    split,
+    piece,
+    pieces,
     rows,
     count,
     bias,
@@ -234,28 +235,29 @@ def finish(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """End of a product whose columns were cut into `SPLIT` pieces.
+    """End of a product whose columns were cut into `pieces`.
 
     The last program to arrive at a tile adds up the pieces, always from the first to the last, so the result does not
     depend on who that is; it also leaves the tile's counter at zero for the next launch.
 
     Args:
         m, n: indices of activations and of rows of the matrix.
-        tile, split: which counter, which piece.
+        tile, piece: which counter, which piece.
+        SPLIT: whether there are several.
         rows, count: how many activations and rows there are.
     """
     keep = (m < count) & (n < rows)
-    if SPLIT == 1:
+    if not SPLIT:
         store_rows(total, m, n, keep, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL)
     else:
         at = partial + m * rows + n
-        tl.store(at + split * (count * rows), total, mask=keep)
+        tl.store(at + piece * (count * rows), total, mask=keep)
         tl.debug_barrier()  # all of this program's sums are written before it says so
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
-        if before == SPLIT - 1:
+        if before == pieces - 1:
             summed = tl.zeros_like(total)
-            for piece in range(SPLIT):
+            for i in range(pieces):
                 # Past the first-level cache, which does not know what other programs wrote.
-                summed += tl.load(at + piece * (count * rows), mask=keep, other=0.0, cache_modifier=".cg")
+                summed += tl.load(at + i * (count * rows), mask=keep, other=0.0, cache_modifier=".cg")
             store_rows(summed, m, n, keep, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL)
             tl.store(arrived + tile, 0)

@@ -40,13 +40,20 @@ class TileConfig:
     split: int = 1
 
 
-#: What a benchmark should try for each number of activation rows, before it tries splits.
+#: What a benchmark should try, with each number of tokens and with several splits: rows, groups, warps, stages.
 TILE_CANDIDATES = tuple(
-    TileConfig(rows, tokens, groups, warps, stages)
-    for rows, warps in ((64, 4), (128, 4), (128, 8))
-    for tokens in (16, 32, 64, 128)
-    for groups in (2, 4, 8)
-    for stages in (2, 3, 4)
+    TileConfig(rows=rows, groups=groups, warps=warps, stages=stages)
+    for rows, groups, warps, stages in (
+        (64, 2, 4, 3),
+        (64, 4, 4, 2),
+        (64, 4, 4, 3),
+        (64, 4, 4, 4),
+        (64, 8, 4, 2),
+        (128, 4, 4, 3),
+        (128, 2, 8, 3),
+        (128, 4, 8, 3),
+        (128, 8, 8, 2),
+    )
 )
 
 
@@ -86,7 +93,8 @@ def _tile_kernel(
     m = tile_m * TOKENS + tl.arange(0, TOKENS)
     keep_n, keep_m = n < rows, m < count
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    per = tl.cdiv(steps, SPLIT)
+    pieces = tl.num_programs(2)
+    per = tl.cdiv(steps, pieces)
     for step in range(piece * per, min(steps, (piece + 1) * per)):
         g0 = (step % (8 // GROUPS)) * GROUPS
         w = weights_tile(
@@ -102,6 +110,7 @@ def _tile_kernel(
         n[:, None],
         tile_n * tl.num_programs(0) + tile_m,
         piece,
+        pieces,
         rows,
         count,
         bias,
@@ -156,7 +165,7 @@ def gemm(
         count, rows, part.columns, part.records * (8 // config.groups),
         x.stride(0), residual.stride(0), out.stride(0), ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
-        ROWS=config.rows, TOKENS=config.tokens, GROUPS=config.groups, SPLIT=split,
+        ROWS=config.rows, TOKENS=config.tokens, GROUPS=config.groups, SPLIT=split > 1,
         EVEN=part.columns % RECORD == 0, FACTOR=factor, num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip
     return out

@@ -43,11 +43,9 @@ class Config:
     split: int = 1
 
 
-#: What a benchmark should try.
-CANDIDATES = tuple(
-    Config(repeat, warps, split) for repeat in (1, 2, 4) for warps in (1, 2, 4, 8) for split in (1, 2, 4, 8, 16)
-)
-FLOAT_CANDIDATES = tuple(Config(repeat, warps, 1) for repeat in (2, 4, 8, 16) for warps in (2, 4, 8))
+#: What a benchmark should try; each with several splits.
+CANDIDATES = tuple(Config(repeat, warps) for repeat in (1, 2, 4) for warps in (2, 4, 8))
+FLOAT_CANDIDATES = tuple(Config(repeat, warps) for repeat in (2, 4, 8) for warps in (2, 4, 8))
 
 
 @triton.jit
@@ -186,7 +184,8 @@ def _blocks_kernel(
     chunk_words = rows * 4
     record_words = CHUNKS * rows * 4
     acc = tl.zeros((32, WARPS, REPEAT, M), tl.float32)
-    per = tl.cdiv(records, SPLIT)
+    pieces = tl.num_programs(1)
+    per = tl.cdiv(records, pieces)
     stop = min(records, (piece + 1) * per)
     for start in range(piece * per, stop, WARPS):
         record = (start + tl.arange(0, WARPS))[None, :, None, None, None]
@@ -258,6 +257,7 @@ def _blocks_kernel(
         row[:, :, None],
         tile,
         piece,
+        pieces,
         rows,
         count,
         bias,
@@ -314,6 +314,7 @@ def _float_kernel(
         n[:, None],
         0,
         0,
+        1,
         rows,
         count,
         bias,
@@ -323,7 +324,7 @@ def _float_kernel(
         out,
         residual_stride,
         out_stride,
-        1,
+        False,
         BIAS,
         RESIDUAL,
     )
@@ -386,7 +387,7 @@ def gemv(
         x, norm, part.data, factors, bias, residual, out, scratch.partial, scratch.arrived,
         count, rows, part.columns, part.records, *strides, eps, ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
-        M=m, REPEAT=config.repeat, WARPS=config.warps, SPLIT=split,
+        M=m, REPEAT=config.repeat, WARPS=config.warps, SPLIT=split > 1,
         EVEN=part.columns % RECORD == 0, num_warps=config.warps, num_stages=1, **flags,
     )  # fmt: skip
     return out
