@@ -82,7 +82,7 @@ def ways(scheme: str, count: int, rows: int, columns: int) -> list[Way]:
                 programs = -(-rows // (32 * config.repeat)) * split
                 if split == 1 or (programs <= 132 * 16 and split * config.warps <= records):
                     found.append(("vector", replace(config, split=split)))
-    if packed and count <= 256:
+    if packed and 2 <= count <= 256:
         tokens = min(128, max(16, count))
         for candidate in TILE_CANDIDATES:
             for split in SPLITS:
@@ -97,17 +97,19 @@ def ways(scheme: str, count: int, rows: int, columns: int) -> list[Way]:
 def compiled_alike(scheme: str, count: int, way: Way) -> tuple[str, int, Way]:
     """The smallest launch that needs the same machine code: splits other than one are alike, and so are matrices."""
     kind, config = way
+    if kind == "tiles" and count < 16:  # Triton tells 1, multiples of 16, and all others apart
+        count = 2
     return scheme, count, (kind, replace(config, split=min(config.split, 2)))
 
 
 def compile_one(job: tuple[str, int, Way]) -> str:
-    """In a process of its own: launch once, so that the code is in Triton's cache. Returns what went wrong, if it did."""
+    """In a process of its own: launch once, so that the code is in Triton's cache. Returns what went wrong, if so."""
     scheme, count, way = job
     try:
         scratch = Scratch.on("cuda", partial=1 << 20, arrived=1 << 10, dense=1)
-        x = torch.randn(count, 2048, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(count, 9 * 256, dtype=torch.bfloat16, device="cuda")
         out = torch.empty(count, 256, dtype=torch.bfloat16, device="cuda")
-        launch(way, x, random_part(scheme, 256, 2048), out, scratch)
+        launch(way, x, random_part(scheme, 256, 9 * 256), out, scratch)
         torch.cuda.synchronize()
     except Exception as error:  # a configuration that needs more than there is
         return f"{scheme} {count} {way}: {str(error).splitlines()[0] if str(error) else error!r}"
@@ -147,7 +149,6 @@ def ceilings() -> tuple[float, float]:
     source = torch.randint(0, 2**31 - 1, (1 << 28,), dtype=torch.int32, device="cuda")  # 1 GiB
     target = torch.empty_like(source)
     copy = 2 * source.numel() * 4 / measure(lambda _: target.copy_(source), 4)
-    del source, target
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     c = torch.empty_like(a)
     return copy, 2 * 8192**3 / measure(lambda _: torch.mm(a, b, out=c), 4)
@@ -249,16 +250,16 @@ def main() -> None:
         for scheme in options.schemes:
             for matrix in options.matrices if counts else ():
                 results += measure_matrix(matrix, scheme, counts, scratch, deadline)
-    left = time.monotonic() - begun
+    elapsed = time.monotonic() - begun
     device = torch.cuda.get_device_name()
     if options.json:
         report = {"device": device, "copy": copy, "product": product, "problems": problems, "results": results}
         with open(options.json, "w", encoding="utf-8") as file:  # noqa: PTH123
             json.dump(report, file)
     table(results, copy, product)
-    print(f"\n{device}: copy {copy / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s; {left:.0f} s", end="")
-    print(", cut off" if left > options.budget else "")
-    print(json.dumps({"device": device, "copy_bytes_s": copy, "product_flop_s": product, "seconds": round(left)}))
+    print(f"\n{device}: copy {copy / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s; {elapsed:.0f} s", end="")
+    print(", cut off" if elapsed > options.budget else "")
+    print(json.dumps({"device": device, "copy_bytes_s": copy, "product_flop_s": product, "seconds": round(elapsed)}))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ CHOSEN = list(MODELS) if DEVICE == "cuda" else ["plain"]
 
 class TestKernels(KernelSuite):
     options = DecoderOptions(dtype="float32", device=DEVICE, max_context=KernelSuite.options.max_context)
-    # Of logits: weights or, with more than a few tokens, both factors are rounded to bfloat16, and these models' attention
-    # is sharp. Single products are held to less in `test_cuda_matmul.py`.
+    # Of logits: weights or, with more than a few tokens, both factors are rounded to bfloat16, and these models'
+    # attention is sharp. Single products are held to less in `test_cuda_matmul.py`.
     tolerance = 0.1
     quantized_tolerance = 0.1
 

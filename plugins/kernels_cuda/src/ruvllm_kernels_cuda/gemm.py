@@ -2,8 +2,8 @@
 
 A program unpacks a tile of weights to bfloat16 and multiplies it, as the left operand, with the activations of up to
 128 rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their
-columns as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation rows as
-there are (up to 128), and for thousands it is cheaper to unpack a matrix once and leave the product to cuBLAS.
+columns as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation
+rows as there are (up to 128), and for thousands it is cheaper to unpack a matrix once and leave the product to cuBLAS.
 """
 
 from __future__ import annotations
