@@ -214,7 +214,7 @@ def table(results: list[dict[str, Any]], copy: float, product: float) -> None:
             kinds = {k[3] for k in best if k[1:3] == (scheme, count)}
             shared = [m for m in MATRICES if all((m, scheme, count, kind) in best for kind in kinds)]
             sums = {kind: sum(best[m, scheme, count, kind]["seconds"] for m in shared) * 1e6 for kind in sorted(kinds)}
-            if shared:
+            if kinds and shared:
                 print(f"{scheme:6} {count:4}  " + "  ".join(f"{kind} {value:.1f}" for kind, value in sums.items()))
 
 
