@@ -209,7 +209,7 @@ def test_coded_keys_without_their_bias(device, interleaved, rope_dim, dim):
     """A bias several times what tells keys apart; blocks of two tiles, and a partial rotation."""
     case = Case(device, "f16", 3, 1, dim, 32, (90,), (1,), store="q8", bias=True, interleaved=interleaved,
                 rope_dim=rope_dim)  # fmt: skip
-    check(decode(case), case.expected(), 5e-3)
+    check(decode(case), case.expected(), 1e-2)  # scores are in the hundreds, products in float16
     assert (decode(case).cpu() - decode_without_bias(case).cpu()).abs().max() > 0.1
 
 

@@ -155,10 +155,10 @@ def _attend(
     if PARTS and begin >= end:
         tl.store(sums + line * splits + split, best, mask=real)
         return
-    asked = tl.load(query + line[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    asked = asked.to(tl.float32)
+    wanted = real[:, None] & (d < D)[None, :]
     if STORE_S > 0:
         if begin < store_tiles:
+            asked = tl.load(query + line[:, None] * D + d[None, :], mask=wanted, other=0.0).to(tl.float32)
             first_of_pair = asked
             second_of_pair = asked
             if CENTERED:
@@ -166,9 +166,9 @@ def _attend(
                 rest = 2 * ROPE_HALF + (h - ROPE_HALF)
                 one = tl.where(h < ROPE_HALF, 2 * h if INTERLEAVED else h, rest)
                 two = tl.where(h < ROPE_HALF, one + (1 if INTERLEAVED else ROPE_HALF), rest + D // 2 - ROPE_HALF)
-                wanted = real[:, None] & (h < D // 2)[None, :]
-                first_of_pair = tl.load(query + line[:, None] * D + one[None, :], mask=wanted, other=0.0).to(tl.float32)
-                second_of_pair = tl.load(query + line[:, None] * D + two[None, :], mask=wanted, other=0.0).to(tl.float32)
+                paired = real[:, None] & (h < D // 2)[None, :]
+                first_of_pair = tl.load(query + line[:, None] * D + one[None, :], mask=paired, other=0.0).to(tl.float32)
+                second_of_pair = tl.load(query + line[:, None] * D + two[None, :], mask=paired, other=0.0).to(tl.float32)
             best, total, mixed = coded_tiles(
                 asked, first_of_pair, second_of_pair, at, bounds, best, total,
                 store_keys, store_values, key_scales, value_scales, means, mean_scales, bias, cos, sin,
@@ -179,6 +179,8 @@ def _attend(
             )  # fmt: skip
         begin = tl.maximum(begin - store_tiles, 0)
         end = tl.maximum(end - store_tiles, 0)
+    # Read again, as it would take registers meanwhile.
+    asked = tl.load(query + line[:, None] * D + d[None, :], mask=wanted, other=0.0).to(tl.float32)
     if OLDER_S > 0:
         best, total, mixed = float_tiles(
             asked.to(OLDER_KIND), at, bounds, best, total, mixed,
@@ -207,7 +209,6 @@ def _attend(
     )  # fmt: skip
 
     answer = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-    wanted = real[:, None] & (d < D)[None, :]
     if PARTS:
         tl.store(sums + line * splits + split, best + tl.log2(total), mask=real)
         tl.store(out + (line * splits + split)[:, None] * D + d[None, :], answer, mask=wanted)

@@ -22,13 +22,13 @@ from ruvllm_kernels_cuda.attention_kernel import Attention, Tuning, launch
 from ruvllm_kernels_cuda.segments import DeviceSegment
 
 #: Keys of a tile, warps and stages that a benchmark tries; the first is used. Rows follow from the group.
-TUNINGS = ((64, 4, 3), (32, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2), (32, 2, 4))
+TUNINGS = ((64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3), (32, 2, 4))
 PROGRAMS = 2  # a multiprocessor, so that one computes while another waits for memory
 MOST_ROWS = 64  # of one program: with more, `prefill_attention` is the faster one
 
 
 @triton.jit
-def _combine(parts, sums, out, lines, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+def _combine(parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
     """Parts ``[lines, splits, D]`` and logarithms of their sums, base 2, to ``[lines, D]``. One program a line."""
     line = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
@@ -99,5 +99,5 @@ def decode_attention(
     parts, sums = decode_workspace(tokens, heads, dim, splits, query.device) if workspace is None else workspace
     launch(query, segments, call, parts, sums, shape, blocks, splits)
     padded = triton.next_power_of_2(dim)
-    _combine[(tokens * heads,)](parts, sums, out, tokens * heads, splits, D=dim, DP=padded, SPLITS=16, num_warps=4)
+    _combine[(tokens * heads,)](parts, sums, out, splits, D=dim, DP=padded, SPLITS=16, num_warps=4)
     return out
