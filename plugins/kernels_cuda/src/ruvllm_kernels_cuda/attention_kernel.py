@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_tiles import coded_tiles, float_tiles
+from ruvllm_kernels_cuda.rotary import pair_indices
 from ruvllm_kernels_cuda.segments import CodedKV, DeviceSegment, FloatKV, KeyBias, sort_segments
 
 
@@ -163,9 +164,7 @@ def _attend(
             second_of_pair = asked
             if CENTERED:
                 h = tl.arange(0, HP)
-                rest = 2 * ROPE_HALF + (h - ROPE_HALF)
-                one = tl.where(h < ROPE_HALF, 2 * h if INTERLEAVED else h, rest)
-                two = tl.where(h < ROPE_HALF, one + (1 if INTERLEAVED else ROPE_HALF), rest + D // 2 - ROPE_HALF)
+                one, two = pair_indices(h, ROPE_HALF, D, INTERLEAVED)
                 paired = real[:, None] & (h < D // 2)[None, :]
                 first_of_pair = tl.load(query + line[:, None] * D + one[None, :], mask=paired, other=0.0).to(tl.float32)
                 second_of_pair = tl.load(query + line[:, None] * D + two[None, :], mask=paired, other=0.0).to(tl.float32)

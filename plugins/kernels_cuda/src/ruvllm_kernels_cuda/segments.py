@@ -67,12 +67,14 @@ class KeyBias:
     """The key bias that coded keys are stored without, as `ruvllm_core.decode.coded` wants it for centring.
 
     Attributes:
+        bias: float32 ``[K, D]``.
         table: float16 ``[K, 2, rows, D/2]``: the bias as it stands at positions 0 … rows - 1 without any factor on cos
             and sin; first members of its pairs, then second ones. See `key_bias_table`.
         cos, sin: float32 ``[positions, d/2]``, d of D are rotated.
         interleaved: whether pairs are neighbours, not halves.
     """
 
+    bias: Tensor
     table: Tensor
     cos: Tensor
     sin: Tensor
@@ -107,7 +109,7 @@ def key_bias_table(bias: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, ro
     c[:, :half], s[:, :half] = cos[:count] / cos[0], sin[:count] / cos[0]
     table = torch.zeros(kv_heads, 2, rows, dim // 2, dtype=torch.float16, device=bias.device)
     table[:, 0, :count], table[:, 1, :count] = (one * c - two * s).half(), (two * c + one * s).half()
-    return KeyBias(table, cos.contiguous(), sin.contiguous(), interleaved)
+    return KeyBias(bias.float().contiguous(), table, cos.contiguous(), sin.contiguous(), interleaved)
 
 
 def pair_members(dim: int, half: int, interleaved: bool, device: torch.device) -> tuple[Tensor, Tensor]:
