@@ -60,7 +60,9 @@ def test_the_host_draws_the_same(device, shape):
         tokens, logprobs = sample(torch.from_numpy(logits).to(device), rows, workspace)
         expected = [on_host(one, row, uniform) for one, row in zip(params, logits, strict=True)]
         if shape == "ties":  # at the k-th place it may take others of the same logit, which weigh the same
-            same = [logits[n, a] == logits[n, b] for n, (a, b) in enumerate(zip(tokens.tolist(), expected, strict=True))]
+            same = [
+                logits[n, a] == logits[n, b] for n, (a, b) in enumerate(zip(tokens.tolist(), expected, strict=True))
+            ]
             assert all(same[n] if params[n].top_k == 40 else a == b
                        for n, (a, b) in enumerate(zip(tokens.tolist(), expected, strict=True)))  # fmt: skip
         else:

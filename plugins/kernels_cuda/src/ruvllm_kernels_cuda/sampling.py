@@ -5,8 +5,8 @@ sorted: logits as whole numbers in their order have 32 bits, and each pass finds
 thresholds at once, the weights (top-p) or the number (top-k) of tokens above. Sums are float64 in fixed order, so a
 draw comes out as on the host. A pass reads 12 bytes a token from the L2 cache with a program every `CHUNK` tokens.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: N803, SIM102
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ def _penalize(logits, repetition, frequency, presence, counts, seen, slots, widt
     owner = tl.load(slots + row).to(tl.int64) * width + column
     x = tl.load(place, mask=inside, other=0.0)
     penalty = tl.load(repetition + row)
-    x = tl.where(tl.load(seen + owner, mask=inside, other=0) != 0, tl.where(x > 0, tl.div_rn(x, penalty + 0.0 * x), x * penalty), x)
+    x = tl.where(
+        tl.load(seen + owner, mask=inside, other=0) != 0,
+        tl.where(x > 0, tl.div_rn(x, penalty + 0.0 * x), x * penalty),
+        x,
+    )
     count = tl.load(counts + owner, mask=inside, other=0)
     # As NumPy does it: whole numbers make float64 of the product.
     x = (x.to(tl.float64) - tl.load(frequency + row).to(tl.float64) * count.to(tl.float64)).to(tl.float32)
@@ -142,7 +146,7 @@ def _narrowed(partial, bases, row, goal, chunks, SHIFT: tl.constexpr):
     """The largest of a pass's thresholds with as much above it as is wanted."""
     j = tl.arange(0, WAYS)
     found = tl.zeros((WAYS,), tl.float64)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         found += tl.load(partial + (row * chunks + chunk) * WAYS + j)
     step = tl.max(tl.where(found >= goal, j, 0), 0)
     return tl.load(bases + row) + (step.to(tl.int64) << SHIFT)
@@ -236,7 +240,9 @@ def _total_of_top(limits, above, counts, ties, tie_weights, masses, totals, chun
     at = row * chunks + c
     mass = tl.load(masses + at, mask=c < chunks, other=0.0)
     if tl.load(limits + row) > 0:
-        number = tl.minimum(_within_count(row, limits, counts, chunks, CP), tl.sum(tl.load(ties + at, mask=c < chunks, other=0), 0))
+        number = tl.minimum(
+            _within_count(row, limits, counts, chunks, CP), tl.sum(tl.load(ties + at, mask=c < chunks, other=0), 0)
+        )
         tie = tl.max(tl.load(tie_weights + at, mask=c < chunks, other=0.0), 0)
         mass = tl.load(above + at, mask=c < chunks, other=0.0) + tl.where(c == 0, number.to(tl.float64) * tie, 0.0)
     tl.store(totals + at, mass, mask=c < chunks)
@@ -278,9 +284,7 @@ def _draw(
             mass = tl.load(kept + at, mask=real, other=0.0) + here * tie
             target = tl.load(uniforms + row) * tl.sum(mass, 0)
             reached = tl.cumsum(mass, 0)
-            chunk = tl.minimum(
-                tl.sum((reached <= target).to(tl.int32), 0), tl.max(tl.where(mass > 0.0, c, 0), 0)
-            )
+            chunk = tl.minimum(tl.sum((reached <= target).to(tl.int32), 0), tl.max(tl.where(mass > 0.0, c, 0), 0))
             before = tl.sum(tl.where(c < chunk, mass, 0.0), 0)
             left = number - tl.sum(tl.where(c < chunk, tied, 0), 0)
             n = tl.arange(0, CHUNK)
