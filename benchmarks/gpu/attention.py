@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 
 def timed(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
     """Seconds of a call, by replaying a graph of all of them."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:  # compiles, and allocates what is kept
@@ -50,9 +51,9 @@ def timed(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
@@ -116,12 +117,8 @@ def decode_case(
     caches = [first] + [cache(scheme, batch, depth)[0] for _ in range(copies_of(nbytes) - 1)]
     rows = []
     for tuning in tunings:
-        calls = [
-            lambda segments=segments, tuning=tuning: decoding.decode_attention(
-                query, segments, call, 1, splits, space, out, tuning
-            )
-            for segments in caches
-        ]
+        attend = decoding.decode_attention
+        calls = [partial(attend, query, segments, call, 1, splits, space, out, tuning) for segments in caches]
         seconds = timed(calls)
         rows.append({
             "case": f"decode {scheme} batch {batch} depth {depth}", "tuning": str(tuning), "splits": splits,
@@ -150,7 +147,7 @@ def prefill_case(length: int) -> list[Row]:
     rows = [{"case": name, "tuning": "torch SDPA", "us": seconds * 1e6, "TFLOP/s": operations / seconds / 1e12}]
     out = torch.empty_like(query)
     for tuning in prefilling.TUNINGS:
-        attend = lambda tuning=tuning: prefilling.prefill_attention(query, segments, call, length, out, tuning)  # noqa: E731
+        attend = partial(prefilling.prefill_attention, query, segments, call, length, out, tuning)
         seconds = timed([attend])
         error = ((out.float() - wanted).norm() / wanted.norm()).item()
         shape = f"{tuning.rows}x{tuning.tile} warps {tuning.warps} stages {tuning.stages}"
@@ -184,16 +181,16 @@ def small_cases(batch: int) -> list[Row]:
     rows = sampling.SamplingRows(doubles[0], int32([40] * batch), *doubles[1:])
     work = sampling.SamplingWorkspace(batch, VOCABULARY, device)
     cases: dict[str, Sequence[Callable[[], Any]]] = {
-        "add_rms_norm": [lambda x=x: norm.add_rms_norm(x, residual, weight, 1e-6, normed) for x in hidden],
+        "add_rms_norm": [partial(norm.add_rms_norm, x, residual, weight, 1e-6, normed) for x in hidden],
         "rotate_and_write": [
-            lambda x=x: kv_write.rotate_and_write(x, bias, kv, slots, positions, tables, None, query) for x in qkv
+            partial(kv_write.rotate_and_write, x, bias, kv, slots, positions, tables, None, query) for x in qkv
         ],
-        "gated silu": [lambda x=x: gated.gated(x, "silu", inner) for x in gate_up],
-        "add_low_rank r 16": [lambda x=x: lora.add_low_rank(x, normed, pool, adapters, space) for x in hidden],
-        "sample greedy": [lambda x=x: sampling.sample(x, None, work) for x in logits],
-        "sample temperature": [lambda x=x: sampling.sample(x, rows, work, top_k=False, top_p=False) for x in logits],
-        "sample top-p": [lambda x=x: sampling.sample(x, rows, work, top_k=False) for x in logits],
-        "sample top-k, top-p": [lambda x=x: sampling.sample(x, rows, work) for x in logits],
+        "gated silu": [partial(gated.gated, x, "silu", inner) for x in gate_up],
+        "add_low_rank r 16": [partial(lora.add_low_rank, x, normed, pool, adapters, space) for x in hidden],
+        "sample greedy": [partial(sampling.sample, x, None, work) for x in logits],
+        "sample temperature": [partial(sampling.sample, x, rows, work, top_k=False, top_p=False) for x in logits],
+        "sample top-p": [partial(sampling.sample, x, rows, work, top_k=False) for x in logits],
+        "sample top-k, top-p": [partial(sampling.sample, x, rows, work) for x in logits],
     }
     return [{"case": f"{name} batch {batch}", "us": timed(calls) * 1e6} for name, calls in cases.items()]
 
@@ -233,25 +230,11 @@ def main() -> None:
             best[scheme] = [tunings[n] for n in order[:2]]
         return found
 
-    for batch, depth in (
-        (1, 8192),
-        (1, 512),
-        (1, 32768),
-        (8, 512),
-        (8, 8192),
-        (8, 32768),
-        (32, 512),
-        (32, 8192),
-        (32, 32768),
-    ):
+    for batch, depth in [(batch, depth) for batch in (1, 8, 32) for depth in (8192, 512, 32768)]:
         for scheme in ("f16", "q8", "q4"):
-            work.append((f"decode {scheme} {batch} {depth}", lambda s=scheme, b=batch, d=depth: decode(s, b, d)))
-    small: list[tuple[str, Callable[[], list[Row]]]] = [
-        (f"small {batch}", lambda b=batch: small_cases(b)) for batch in (1, 32)
-    ]
-    prompts: list[tuple[str, Callable[[], list[Row]]]] = [
-        (f"prefill {length}", lambda n=length: prefill_case(n)) for length in (2048, 8192)
-    ]
+            work.append((f"decode {scheme} {batch} {depth}", partial(decode, scheme, batch, depth)))
+    prompts = [(f"prefill {length}", partial(prefill_case, length)) for length in (2048, 8192)]
+    small = [(f"small {batch}", partial(small_cases, batch)) for batch in (1, 32)]
     for name, run in [*work[:3], *prompts, *small, *work[3:]]:
         if time.monotonic() - begin > options.seconds:
             left_out.append(name)
@@ -266,9 +249,9 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures))
     print(table(rows))
-    print(
-        f"{figures['device']}: copy {ceiling / 1e9:.0f} GB/s, {figures['seconds']:.0f} s, left out: {left_out or 'nothing'}"
-    )
+    took = time.monotonic() - begin
+    name = figures["device"]
+    print(f"{name}: copy {ceiling / 1e9:.0f} GB/s, {took:.0f} s, left out: {', '.join(left_out) or 'nothing'}")
 
 
 if __name__ == "__main__":

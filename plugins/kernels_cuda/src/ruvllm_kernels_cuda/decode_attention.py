@@ -55,7 +55,7 @@ def _combine(parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS
 
 def decode_rows(heads: int, kv_heads: int, max_tokens: int) -> int:
     """Query rows of a program: a power of two, 16 at least, as the matrix units want them."""
-    return max(16, triton.next_power_of_2(heads // kv_heads * max_tokens))
+    return max(16, int(triton.next_power_of_2(heads // kv_heads * max_tokens)))
 
 
 def plan_splits(sequences: int, kv_heads: int, max_context: int, processors: int = 132, tile: int = 64) -> int:
@@ -69,7 +69,7 @@ def plan_splits(sequences: int, kv_heads: int, max_context: int, processors: int
 def decode_workspace(
     tokens: int, heads: int, head_dim: int, splits: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Where `decode_attention` leaves parts and the logarithms of their sums: float32, for the most tokens of a step."""
+    """Where `decode_attention` leaves parts and logarithms of their sums: float32, for the most tokens of a step."""
     return (
         torch.empty(tokens, heads, splits, head_dim, dtype=torch.float32, device=device),
         torch.empty(tokens, heads, splits, dtype=torch.float32, device=device),

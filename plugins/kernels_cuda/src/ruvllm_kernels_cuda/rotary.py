@@ -17,7 +17,7 @@ from ruvllm_core.model.spec import ModelSpec
 
 @dataclass(frozen=True, eq=False)
 class RotaryTables:
-    """cos and sin, float32 ``[variants, positions, d/2]``; `interleaved` is whether pairs are neighbours, not halves."""
+    """cos and sin, float32 ``[variants, positions, d/2]``; `interleaved`: pairs are neighbours, not halves."""
 
     cos: Tensor
     sin: Tensor

@@ -93,7 +93,7 @@ def coded_kv(num_blocks: int, kv_heads: int, block_size: int, head_dim: int, sch
     scales = [torch.zeros(*shape, groups, dtype=torch.float16, device=device) for _ in range(2)]
     means = torch.zeros(num_blocks, kv_heads, head_dim, dtype=torch.uint8, device=device)
     mean_scales = torch.zeros(num_blocks, kv_heads, dtype=torch.float16, device=device)
-    return CodedKV(bits, head_dim, *codes, *scales, means, mean_scales)
+    return CodedKV(bits, head_dim, codes[0], codes[1], scales[0], scales[1], means, mean_scales)
 
 
 def key_bias_table(bias: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rows: int = 128) -> KeyBias:
