@@ -233,8 +233,12 @@ def main() -> None:
     for batch, depth in [(batch, depth) for batch in (1, 8, 32) for depth in (8192, 512, 32768)]:
         for scheme in ("f16", "q8", "q4"):
             work.append((f"decode {scheme} {batch} {depth}", partial(decode, scheme, batch, depth)))
-    prompts = [(f"prefill {length}", partial(prefill_case, length)) for length in (2048, 8192)]
-    small = [(f"small {batch}", partial(small_cases, batch)) for batch in (1, 32)]
+    prompts: list[tuple[str, Callable[[], list[Row]]]] = [
+        (f"prefill {length}", partial(prefill_case, length)) for length in (2048, 8192)
+    ]
+    small: list[tuple[str, Callable[[], list[Row]]]] = [
+        (f"small {batch}", partial(small_cases, batch)) for batch in (1, 32)
+    ]
     for name, run in [*work[:3], *prompts, *small, *work[3:]]:
         if time.monotonic() - begin > options.seconds:
             left_out.append(name)
@@ -250,8 +254,8 @@ def main() -> None:
     print(json.dumps(figures))
     print(table(rows))
     took = time.monotonic() - begin
-    name = figures["device"]
-    print(f"{name}: copy {ceiling / 1e9:.0f} GB/s, {took:.0f} s, left out: {', '.join(left_out) or 'nothing'}")
+    device = figures["device"]
+    print(f"{device}: copy {ceiling / 1e9:.0f} GB/s, {took:.0f} s, left out: {', '.join(left_out) or 'nothing'}")
 
 
 if __name__ == "__main__":
