@@ -18,6 +18,7 @@ _SCALES |= {"q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208]}
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the kernels run: a GPU if there is one, else the interpreter on tensors of the CPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
