@@ -1,0 +1,1 @@
+"""NVIDIA kernels for RuvLLM, in Triton."""
