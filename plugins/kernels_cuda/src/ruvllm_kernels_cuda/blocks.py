@@ -89,7 +89,8 @@ def mantissa(low, high, one, b: tl.constexpr, BITS: tl.constexpr):
 
     Args:
         high: words with the high bits of b = 0 in bit 0, of b = 1 in bit 4; read where BITS is 5 or 6.
-        one: the bits of 1.0 in a variable: a logical operation takes one constant, and that is the mask.
+        one: the bits of 1.0 in a variable: a logical operation takes one constant, and that is the mask. Not knowing it, the
+            compiler cannot reorder the operations into more of them either.
     """
     if BITS == 8:
         bits = (shifted(low, 15 - 8 * b) & (255 << 15)) | one
@@ -98,7 +99,7 @@ def mantissa(low, high, one, b: tl.constexpr, BITS: tl.constexpr):
         bits = (shifted(low, BASE - 8 * (b // 2)) & (15 << (BASE + 4 * (b % 2)))) | one
         if BITS > 4:
             TOP: tl.constexpr = ((1 << (BITS - 4)) - 1) << (BASE + 4)
-            bits = (shifted(high, BASE + 4 - 8 * (b // 2)) & (TOP << (4 * (b % 2)))) | bits
+            bits = (shifted(high, BASE + 4 - 8 * (b // 2)) & (TOP << (4 * (b % 2)))) ^ bits  # where bits are zero
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -148,7 +149,7 @@ def weights_tile(
     start = record * (CHUNKS * rows * 4)
     row = data + start + n * 4
     g = (g0 + tl.arange(0, GROUPS))[None, :]
-    f = factors + record * rows + n
+    f = factors + (record // 4 * rows + n) * 4 + record % 4
     j = tl.arange(0, 4)[None, None, :]
     keep3 = keep[:, None, None]
     scale, minimum = group_scales(row[:, None], f[:, None], g, 0, keep[:, None], SCALES, BITS, chunk_words)

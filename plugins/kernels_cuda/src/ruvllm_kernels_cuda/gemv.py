@@ -6,8 +6,10 @@ for instance, the products with t are summed, and the sum of the activations is 
 where scales are for 16). The lower of two neighbouring codes stands four bits lower, so its activation is multiplied by
 16. That makes half a shift, one three-input logical operation (two with high bits) and one multiply-add a weight.
 
-At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads; this needs 2.5, and 1.75 / REPEAT for sums of
-activations. With REPEAT 4 a lane has four 16-byte loads in flight for each chunk it multiplies.
+At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads and 8 for a 6.5625-bit one. What is compiled for it
+has 4.3 instructions a 4-bit weight with REPEAT 4 (half of a slot for the activations), 7.3 a 6-bit weight with REPEAT 2,
+which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at a time.
+Two rows of activations cost nearly twice as much; from there on tensor cores (`gemm.py`) should win.
 """
 
 from __future__ import annotations
@@ -208,10 +210,9 @@ def _blocks_kernel(
         else:
             min0, min1, min2, min3 = first, first, first, first
         if SCALES == BYTE:
-            at = (start + tl.arange(0, WARPS))[None, :, None, None]
-            n4 = row[:, None, :, None]
-            factor = tl.load(factors + at * rows + n4, mask=(n4 < rows) & (at < stop), other=0.0)
-            factor = factor.to(tl.float32) * UNIT
+            # Of four records, so that these tiles have the shape and the layout of all others.
+            four = tl.load(factors + (record // 4 * rows + n) * 4 + j, mask=there, other=0.0).to(tl.float32)
+            factor = tl.sum(tl.where(j == record % 4, four, 0.0), axis=4) * UNIT
             factor_min = factor
         elif SCALES == CODES:
             factor = half_at(first, 0) * UNIT
@@ -229,8 +230,8 @@ def _blocks_kernel(
                 high = w
             for part in tl.static_range(PARTS):
                 p = tl.zeros((32, WARPS, REPEAT, M, 4), tl.float32)
-                even = tl.zeros((1, WARPS, 1, M, 4), tl.float32)
-                odd = tl.zeros((1, WARPS, 1, M, 4), tl.float32)
+                even = tl.zeros((32, WARPS, 1, M, 4), tl.float32)
+                odd = tl.zeros((32, WARPS, 1, M, 4), tl.float32)
                 for b in tl.static_range(part * (WIDTH // 4 // PARTS), (part + 1) * (WIDTH // 4 // PARTS)):
                     kb = k + (WIDTH * c + 4 * b)
                     value = _activations(xm, norm, kb, xkeep if EVEN else xkeep & (kb < columns), NORM)
@@ -334,7 +335,8 @@ def config_for(part: PackedPart, count: int, processors: int) -> Config:
     """A configuration by rule: enough programs for every multiprocessor, and long loops where there are many rows."""
     if part.layout is None:
         return Config(repeat=8 if part.rows >= 8 * 2 * processors else 4, warps=4)
-    repeat = 1 if count > 2 else 4 if part.rows >= 128 * processors and count == 1 else 2
+    many = part.rows >= 128 * processors and count == 1 and part.layout.bits == 4  # more bits need more registers
+    repeat = 4 if many else 2 if count <= 2 else 1
     warps = min(4, triton.next_power_of_2(part.records))
     tiles = -(-part.rows // (32 * repeat))
     split = min(-(-2 * processors // tiles), -(-part.records // warps))

@@ -76,7 +76,7 @@ class PackedPart:
         first: row of the matrix at which it starts.
         rows, columns: its size.
         data: records int32 ``[records of a row, chunks, rows, 4]``, or a float matrix ``[rows, columns]``.
-        factors: of `BYTE` scales, f16 ``[records of a row, rows]``; else None.
+        factors: of `BYTE` scales, f16 ``[records of a row / 4, rows, 4]``; else None.
     """
 
     scheme: str
@@ -154,7 +154,7 @@ def _pack_part(scheme: str, first: int, tensors: list[QuantTensor], device: torc
             )
         data = torch.empty((records, layout.chunks, rows, 4), dtype=torch.int32, device=device)
         if layout.scales == BYTE:
-            factors = torch.empty((records, rows), dtype=torch.float16, device=device)
+            factors = torch.zeros((-(-records // 4), rows, 4), dtype=torch.float16, device=device)
     at = 0
     for tensor in tensors:
         step = max(1, _PANEL // columns)
@@ -167,7 +167,8 @@ def _pack_part(scheme: str, first: int, tensors: list[QuantTensor], device: torc
                 chunks, factor = _records(piece, layout, device)
                 data[:, :, here] = chunks.permute(1, 2, 0, 3)
                 if factors is not None and factor is not None:
-                    factors[:, here] = factor.T
+                    fours = torch.nn.functional.pad(factor, (0, -factor.shape[1] % 4)).unflatten(1, (-1, 4))
+                    factors[:, here] = fours.transpose(0, 1)
             at += piece.num_rows
     return PackedPart(scheme, first, rows, columns, data, factors)
 
