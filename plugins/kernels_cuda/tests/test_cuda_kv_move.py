@@ -36,9 +36,10 @@ def test_coding_and_back(device, bits, dim, size, interleaved, rope_half):
     from ruvllm_kernels_cuda.kv_move import move
     from ruvllm_kernels_cuda.segments import FloatKV, coded_kv, key_bias_table
 
+    torch.manual_seed(dim + bits)
     kv_heads, tokens, blocks = 2, 2 * size, 4
     key, value = (torch.randn(tokens, kv_heads, dim).half().float() for _ in "kv")
-    key[3], value[1, 0] = 0.0, 50 * value[1, 0]  # nothing at all, and an outlier
+    key[3], value[1, 0] = 0.0, (50 * value[1, 0]).half().float()  # nothing at all, and an outlier
     from_slots, positions = torch.randperm(tokens + 9)[:tokens], torch.randperm(tokens)
     source = FloatKV(*(torch.zeros((tokens + 16) // 7, kv_heads, 7, dim, dtype=torch.float16) for _ in "kv"))
     for stored, new in ((source.keys, key), (source.values, value)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ruvllm_core.decode.coded import rotation
 from ruvllm_core.decode.kv import store_group
 from ruvllm_core.errors import ConfigError
-from ruvllm_kernels_cuda.attention_tiles import hadamard
+from ruvllm_kernels_cuda.attention_tiles import dot, hadamard
 from ruvllm_kernels_cuda.segments import CodedKV, FloatKV, KeyBias, pair_members
 
 TILE = 32  # tokens of a block that are floats at a time
@@ -48,6 +48,35 @@ def _error(x, scale, within, MIDDLE: tl.constexpr):
 
 
 @triton.jit
+def _better(
+    low, high, within, low_top, high_top, low_best, low_error, high_best, high_error,
+    SHARE: tl.constexpr, GROUPS: tl.constexpr, MIDDLE: tl.constexpr,
+):  # fmt: skip
+    """The scales so far, or those of a share of the largest value where their error is less."""
+    low_scale = _scale(low_top, SHARE / MIDDLE)
+    high_scale = _scale(high_top, SHARE / MIDDLE)
+    low_off = _error(low, low_scale, within, MIDDLE)
+    high_off = _error(high, high_scale, within, MIDDLE)
+    if GROUPS == 1:
+        low_off += high_off
+        high_off = low_off
+    low_best = tl.where(low_off < low_error, low_scale, low_best)
+    high_best = tl.where(high_off < high_error, high_scale, high_best)
+    return low_best, tl.minimum(low_error, low_off), high_best, tl.minimum(high_error, high_off)
+
+
+@triton.jit
+def _turned(x, signs, into):
+    """``x @ signs``, to float32's last bit or two: `x` in three parts of bfloat16, which the matrix units take."""
+    large = x.to(tl.bfloat16)
+    rest = x - large.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    small = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    exact = signs.to(tl.bfloat16)
+    return dot(large, exact, dot(middle, exact, dot(small, exact, into)))
+
+
+@triton.jit
 def _best_scales(low, high, within, GROUPS: tl.constexpr, BITS: tl.constexpr):
     """Scales of least squared error of rows in two halves: one each, or one for both."""
     MIDDLE: tl.constexpr = 2.0 ** (BITS - 1) - 0.5
@@ -63,20 +92,16 @@ def _best_scales(low, high, within, GROUPS: tl.constexpr, BITS: tl.constexpr):
         high_error = _error(high, high_best, within, MIDDLE)
         if GROUPS == 1:
             low_error += high_error
-        for n in tl.static_range(3):
-            share: tl.constexpr = 0.93 if n == 0 else 0.86 if n == 1 else 0.8
-            low_scale = _scale(low_top, share / MIDDLE)
-            high_scale = _scale(high_top, share / MIDDLE)
-            low_off = _error(low, low_scale, within, MIDDLE)
-            high_off = _error(high, high_scale, within, MIDDLE)
-            if GROUPS == 1:
-                low_off += high_off
-                high_off = low_off
-                high_error = low_error
-            low_best = tl.where(low_off < low_error, low_scale, low_best)
-            high_best = tl.where(high_off < high_error, high_scale, high_best)
-            low_error = tl.minimum(low_error, low_off)
-            high_error = tl.minimum(high_error, high_off)
+            high_error = low_error
+        low_best, low_error, high_best, high_error = _better(
+            low, high, within, low_top, high_top, low_best, low_error, high_best, high_error, 0.93, GROUPS, MIDDLE
+        )
+        low_best, low_error, high_best, high_error = _better(
+            low, high, within, low_top, high_top, low_best, low_error, high_best, high_error, 0.86, GROUPS, MIDDLE
+        )
+        low_best, low_error, high_best, high_error = _better(
+            low, high, within, low_top, high_top, low_best, low_error, high_best, high_error, 0.8, GROUPS, MIDDLE
+        )
     return low_best, high_best
 
 
@@ -187,15 +212,15 @@ def _code_blocks(
             keys, slot, inside, head, kv_heads, bias, cos, sin, position,
             D, DP, FROM_S, CENTERED, ROPE_HALF, INTERLEAVED,
         )  # fmt: skip
-        low = tl.dot(x, low_signs, zeros, input_precision="ieee") * norm - low_mean[None, :]
-        high = tl.dot(x, high_signs, zeros, input_precision="ieee") * norm - high_mean[None, :]
+        low = _turned(x, low_signs, zeros) * norm - low_mean[None, :]
+        high = _turned(x, high_signs, zeros) * norm - high_mean[None, :]
         _store_rows(low, high, to_keys, key_scales, row, inside, within[None, :], HALF, HP, GROUPS, BITS)
         x = _read_rows(
             values, slot, inside, head, kv_heads, bias, cos, sin, position,
             D, DP, FROM_S, False, ROPE_HALF, INTERLEAVED,
         )  # fmt: skip
-        low = tl.dot(x, low_signs, zeros, input_precision="ieee") * norm
-        high = tl.dot(x, high_signs, zeros, input_precision="ieee") * norm
+        low = _turned(x, low_signs, zeros) * norm
+        high = _turned(x, high_signs, zeros) * norm
         _store_rows(low, high, to_values, value_scales, row, inside, within[None, :], HALF, HP, GROUPS, BITS)
 
 
