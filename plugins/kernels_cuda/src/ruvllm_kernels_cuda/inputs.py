@@ -130,7 +130,10 @@ class StepBuffers:
     Attributes:
         inputs: the tensors; their addresses stay.
         packet: all of them, and whatever `extra` fields were asked for.
+        log: where the tokens of steps that follow each other on the device are kept, if there are such.
     """
+
+    log: Tensor | None = None
 
     def __init__(
         self, shape: StepShape, device: torch.device, extra: Mapping[str, tuple[str, tuple[int, ...]]] | None = None

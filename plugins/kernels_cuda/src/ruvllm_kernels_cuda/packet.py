@@ -12,7 +12,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 _ALIGNED = 16  # bytes
-_TORCH = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+_TORCH = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
 
 
 class Packet:
@@ -23,7 +23,7 @@ class Packet:
         device: tensors of the same names, shapes and types, at the same addresses as long as this object lives.
 
     Args:
-        fields: type (``int32``, ``int64`` or ``float32``) and shape of each.
+        fields: type (``int32``, ``int64``, ``float32`` or ``float64``) and shape of each.
     """
 
     def __init__(self, fields: Mapping[str, tuple[str, tuple[int, ...]]], device: torch.device) -> None:
