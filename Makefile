@@ -21,7 +21,7 @@ export PROMPT
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check check-native format dist bench clean
+.PHONY: help install run test test-cuda check check-native format dist bench clean
 
 help:  ## what these commands do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ run: $(MODEL_HERE)  ## answer PROMPT with MODEL
 
 test: $(VENV)/.test-needs  ## all tests (ARGS="tests/test_registry.py" for some)
 	$(ONE_THREAD) $(BIN)/python -m pytest -rfEs -n $(JOBS) $(ARGS)
+
+test-cuda: $(VENV)/.test-needs  ## tests of the kernels for NVIDIA GPUs, on the GPU of this machine
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no NVIDIA GPU here")'
+	$(ONE_THREAD) $(BIN)/python -m pytest -rfEs plugins/kernels_cuda $(ARGS)
 
 check: $(VENV)/.test-needs  ## style, types, import rules, size limits, documentation
 	$(BIN)/ruff check .

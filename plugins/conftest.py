@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from ruvllm_core.protocols import CacheContext, DecoderOptions
 from ruvllm_core.registry import Registry
 from ruvllm_core.settings import CacheConfig, Settings
 from ruvllm_quantizers.gguf_writer import PendingTensor, write_gguf
+
+# Without a GPU the kernels written in Triton are interpreted. Triton wants to know before it is imported, which many
+# other packages do as well.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Both sides compute in float32 but add up in another order.
 TOLERANCE = 1e-4

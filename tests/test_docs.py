@@ -175,7 +175,7 @@ def test_every_plugins_settings_are_described() -> None:
     ours = {entry.plugin for entry in registry.entries("architectures") if entry.distribution.startswith("ruvllm-")}
     assert ours >= {"candle_like", "mistral"}
     expected = set()
-    for plugin in ours | {"quantizers", "kernels_cpu", "kernels_neon", "kv_cache", "sona"}:
+    for plugin in ours | {"quantizers", "kernels_cpu", "kernels_cuda", "kernels_neon", "kv_cache", "sona"}:
         options = registry.options(plugin)
         defaults = options.model_dump(mode="json") if options else {}
         expected |= {(plugin, name, as_toml(value).strip('`"')) for name, value in defaults.items()}

@@ -1,8 +1,7 @@
-"""Without a GPU the kernels are interpreted, which has to be decided before Triton is imported."""
+"""What the tests share. Without a GPU the kernels are interpreted: `plugins/conftest.py` sees to that."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +9,6 @@ import pytest
 import torch
 
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 #: Where a block of each scheme has its f16 scales (block layouts of the GGML library).
 _SCALES = {"q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q8_0": [0], "q2_k": [80, 82], "q3_k": [108]}

@@ -77,9 +77,7 @@ def test_bytes_are_those_of_the_file(scheme: str, random_tensor: Make) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["q5_1", "q8_0", "q4_k", "q6_k", "bf16"])
-def test_repacking_in_panels_changes_nothing(
-    scheme: str, random_tensor: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repacking_in_panels_changes_nothing(scheme: str, random_tensor: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [random_tensor(scheme, rows, 512, seed=rows) for rows in (11, 6)]
     whole = pack(tensors, "cpu").parts[0]
     monkeypatch.setattr(packing, "_PANEL", 4 * 512)

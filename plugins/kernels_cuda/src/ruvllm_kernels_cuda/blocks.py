@@ -1,7 +1,7 @@
 """What every kernel over packed weights needs: scales, whole tiles of weights, and the end of a product.
 
-The layout is that of `packing.py`. Element by element, a tile costs about eight instructions a weight, which the rows of
-activations that share it pay together; single rows have their own way in `gemv.py`.
+The layout is that of `packing.py`. A tile costs about eight instructions a weight, which the rows of activations that
+share it pay together; single rows have their own way in `gemv.py`.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def mantissa(low, high, one, b: tl.constexpr, BITS: tl.constexpr):
 
     Args:
         high: words with the high bits of b = 0 in bit 0, of b = 1 in bit 4; read where BITS is 5 or 6.
-        one: the bits of 1.0 in a variable: a logical operation takes one constant, and that is the mask. Not knowing it, the
-            compiler cannot reorder the operations into more of them either.
+        one: the bits of 1.0 in a variable: a logical operation takes one constant, and that is the mask. Not knowing
+            it, the compiler cannot reorder the operations into more of them either.
     """
     if BITS == 8:
         bits = (shifted(low, 15 - 8 * b) & (255 << 15)) | one
@@ -206,7 +206,7 @@ def store_rows(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Write ``total + bias[n] + residual[m, n]`` to ``out[m, n]``; m and n are index tiles that broadcast to `total`."""
+    """Write ``total + bias[n] + residual[m, n]`` to ``out[m, n]``; m and n are indices that broadcast to `total`."""
     if BIAS:
         total += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -220,7 +220,8 @@ def finish(
     m,
     n,
     tile,
-    split,
+    piece,
+    pieces,
     rows,
     count,
     bias,
@@ -234,28 +235,29 @@ def finish(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """End of a product whose columns were cut into `SPLIT` pieces.
+    """End of a product whose columns were cut into `pieces`.
 
     The last program to arrive at a tile adds up the pieces, always from the first to the last, so the result does not
     depend on who that is; it also leaves the tile's counter at zero for the next launch.
 
     Args:
         m, n: indices of activations and of rows of the matrix.
-        tile, split: which counter, which piece.
+        tile, piece: which counter, which piece.
+        SPLIT: whether there are several.
         rows, count: how many activations and rows there are.
     """
     keep = (m < count) & (n < rows)
-    if SPLIT == 1:
+    if not SPLIT:
         store_rows(total, m, n, keep, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL)
     else:
         at = partial + m * rows + n
-        tl.store(at + split * (count * rows), total, mask=keep)
+        tl.store(at + piece * (count * rows), total, mask=keep)
         tl.debug_barrier()  # all of this program's sums are written before it says so
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
-        if before == SPLIT - 1:
+        if before == pieces - 1:
             summed = tl.zeros_like(total)
-            for piece in range(SPLIT):
+            for i in range(pieces):
                 # Past the first-level cache, which does not know what other programs wrote.
-                summed += tl.load(at + piece * (count * rows), mask=keep, other=0.0, cache_modifier=".cg")
+                summed += tl.load(at + i * (count * rows), mask=keep, other=0.0, cache_modifier=".cg")
             store_rows(summed, m, n, keep, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL)
             tl.store(arrived + tile, 0)

@@ -49,7 +49,7 @@ def dequantize_rows(part: PackedPart, out: Tensor, first: int = 0, count: int | 
     Returns a view ``[count, columns]`` of `out`. Raises `ConfigError` if it has no room.
     """
     count = part.rows - first if count is None else count
-    if not (0 <= first and 0 < count <= part.rows - first and out.numel() >= count * part.columns):
+    if not (first >= 0 and 0 < count <= part.rows - first and out.numel() >= count * part.columns):
         raise ConfigError(
             f"rows {first}:{first + count} of {part.rows} x {part.columns} do not fit into {out.numel()} values"
         )

@@ -50,9 +50,7 @@ def _embed_blocks(
 
 
 @triton.jit
-def _embed_floats(
-    tokens, data, out, count, first, rows, total, columns, TOKENS: tl.constexpr, WIDTH: tl.constexpr
-):
+def _embed_floats(tokens, data, out, count, first, rows, total, columns, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     i, n, here, nowhere = _wanted(tokens, count, first, rows, total, TOKENS)
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     fits = (k < columns)[None, :]

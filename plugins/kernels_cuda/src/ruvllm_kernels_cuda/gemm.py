@@ -1,9 +1,9 @@
 """Products of many activation rows: packed weights and tensor cores.
 
-A program unpacks a tile of weights to bfloat16 and multiplies it, as the left operand, with the activations of up to 128
-rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their columns
-as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation rows as
-there are (up to 128), and for thousands it is cheaper to unpack a matrix once and leave the product to cuBLAS.
+A program unpacks a tile of weights to bfloat16 and multiplies it, as the left operand, with the activations of up to
+128 rows: at few rows the weights fill the matrix instructions' 64 rows, and the activations only as many of their
+columns as there are. Unpacking costs about eight instructions a weight, so a program should have as many activation
+rows as there are (up to 128), and for thousands it is cheaper to unpack a matrix once and leave the product to cuBLAS.
 """
 
 from __future__ import annotations
@@ -40,13 +40,20 @@ class TileConfig:
     split: int = 1
 
 
-#: What a benchmark should try for each number of activation rows, before it tries splits.
+#: What a benchmark should try, with each number of tokens and with several splits: rows, groups, warps, stages.
 TILE_CANDIDATES = tuple(
-    TileConfig(rows, tokens, groups, warps, stages)
-    for rows, warps in ((64, 4), (128, 4), (128, 8))
-    for tokens in (16, 32, 64, 128)
-    for groups in (2, 4, 8)
-    for stages in (2, 3, 4)
+    TileConfig(rows=rows, groups=groups, warps=warps, stages=stages)
+    for rows, groups, warps, stages in (
+        (64, 2, 4, 3),
+        (64, 4, 4, 2),
+        (64, 4, 4, 3),
+        (64, 4, 4, 4),
+        (64, 8, 4, 2),
+        (128, 4, 4, 3),
+        (128, 2, 8, 3),
+        (128, 4, 8, 3),
+        (128, 8, 8, 2),
+    )
 )
 
 
@@ -86,7 +93,8 @@ def _tile_kernel(
     m = tile_m * TOKENS + tl.arange(0, TOKENS)
     keep_n, keep_m = n < rows, m < count
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    per = tl.cdiv(steps, SPLIT)
+    pieces = tl.num_programs(2)
+    per = tl.cdiv(steps, pieces)
     for step in range(piece * per, min(steps, (piece + 1) * per)):
         g0 = (step % (8 // GROUPS)) * GROUPS
         w = weights_tile(
@@ -102,6 +110,7 @@ def _tile_kernel(
         n[:, None],
         tile_n * tl.num_programs(0) + tile_m,
         piece,
+        pieces,
         rows,
         count,
         bias,
@@ -150,12 +159,13 @@ def gemm(
     factors = part.data if part.factors is None else part.factors
     # The interpreter takes the bits of bfloat16 for integers when it multiplies: it gets the rounded values as float32.
     factor = tl.float32 if x.device.type == "cpu" else tl.bfloat16
-    _tile_kernel[(*tiles, split)](
+    grid = (*tiles, split)
+    _tile_kernel[grid](
         x, part.data, factors, bias, residual, out, scratch.partial, scratch.arrived,
         count, rows, part.columns, part.records * (8 // config.groups),
         x.stride(0), residual.stride(0), out.stride(0), ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
-        ROWS=config.rows, TOKENS=config.tokens, GROUPS=config.groups, SPLIT=split,
+        ROWS=config.rows, TOKENS=config.tokens, GROUPS=config.groups, SPLIT=split > 1,
         EVEN=part.columns % RECORD == 0, FACTOR=factor, num_warps=config.warps, num_stages=config.stages, **flags,
     )  # fmt: skip
     return out

@@ -6,17 +6,16 @@ for instance, the products with t are summed, and the sum of the activations is 
 where scales are for 16). The lower of two neighbouring codes stands four bits lower, so its activation is multiplied by
 16. That makes half a shift, one three-input logical operation (two with high bits) and one multiply-add a weight.
 
-At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads and 8 for a 6.5625-bit one. What is compiled for it
-has 4.3 instructions a 4-bit weight with REPEAT 4 (half of a slot for the activations), 7.3 a 6-bit weight with REPEAT 2,
-which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at a time.
-Two rows of activations cost nearly twice as much; from there on tensor cores (`gemm.py`) should win.
+At 3 TB/s an H100 has 5.5 issue slots for each 4.5-bit weight it reads and 8 for a 6.5625-bit one. What is compiled for
+it has 4.3 instructions a 4-bit weight with REPEAT 4, nearly one of them for activations, and 7.3 a 6-bit weight with
+REPEAT 2, which is what registers allow. A lane has REPEAT 16-byte loads in flight for each chunk, of several chunks at
+a time. Two rows of activations cost nearly twice as much; from there on tensor cores (`gemm.py`) should win.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,11 +43,9 @@ class Config:
     split: int = 1
 
 
-#: What a benchmark should try.
-CANDIDATES = tuple(
-    Config(repeat, warps, split) for repeat in (1, 2, 4) for warps in (1, 2, 4, 8) for split in (1, 2, 4, 8, 16)
-)
-FLOAT_CANDIDATES = tuple(Config(repeat, warps, 1) for repeat in (2, 4, 8, 16) for warps in (2, 4, 8))
+#: What a benchmark should try; each with several splits.
+CANDIDATES = tuple(Config(repeat, warps) for repeat in (1, 2, 4) for warps in (2, 4, 8))
+FLOAT_CANDIDATES = tuple(Config(repeat, warps) for repeat in (2, 4, 8) for warps in (2, 4, 8))
 
 
 @triton.jit
@@ -187,7 +184,8 @@ def _blocks_kernel(
     chunk_words = rows * 4
     record_words = CHUNKS * rows * 4
     acc = tl.zeros((32, WARPS, REPEAT, M), tl.float32)
-    per = tl.cdiv(records, SPLIT)
+    pieces = tl.num_programs(1)
+    per = tl.cdiv(records, pieces)
     stop = min(records, (piece + 1) * per)
     for start in range(piece * per, stop, WARPS):
         record = (start + tl.arange(0, WARPS))[None, :, None, None, None]
@@ -259,6 +257,7 @@ def _blocks_kernel(
         row[:, :, None],
         tile,
         piece,
+        pieces,
         rows,
         count,
         bias,
@@ -298,24 +297,24 @@ def _float_kernel(
 ):
     m = tl.arange(0, M)
     n = tl.program_id(0) * REPEAT + tl.arange(0, REPEAT)
-    row = data + n[:, None].to(tl.int64) * columns
-    acc = tl.zeros((M, REPEAT, WIDTH), tl.float32)
+    # Tiles are [REPEAT, M, WIDTH] from the start, as above.
+    n3, m3 = n[:, None, None], m[None, :, None]
+    row = data + n3.to(tl.int64) * columns
+    acc = tl.zeros((REPEAT, M, WIDTH), tl.float32)
     for start in range(0, columns, WIDTH):
-        k = start + tl.arange(0, WIDTH)[None, :]
-        keep = k < columns
-        w = tl.load(row + k, mask=keep & (n < rows)[:, None], other=0.0).to(tl.float32)
-        xkeep = (m < count)[:, None] & keep
-        value = _activations(x + m[:, None] * x_stride, norm, k, xkeep, NORM)
-        acc += w[None] * value[:, None, :]
+        k = start + tl.arange(0, WIDTH)[None, None, :]
+        w = tl.load(row + k, mask=(k < columns) & (n3 < rows), other=0.0).to(tl.float32)
+        acc += w * _activations(x + m3 * x_stride, norm, k, (k < columns) & (m3 < count), NORM)
     total = tl.sum(acc, axis=2)
     if NORM:
-        total *= _inverse_rms(x, x_stride, m, count, columns, eps, M, WIDTH)[:, None]
+        total *= _inverse_rms(x, x_stride, m, count, columns, eps, M, WIDTH)[None, :]
     finish(
         total,
-        m[:, None],
-        n[None, :],
+        m[None, :],
+        n[:, None],
         0,
         0,
+        1,
         rows,
         count,
         bias,
@@ -325,7 +324,7 @@ def _float_kernel(
         out,
         residual_stride,
         out_stride,
-        1,
+        False,
         BIAS,
         RESIDUAL,
     )
@@ -388,7 +387,7 @@ def gemv(
         x, norm, part.data, factors, bias, residual, out, scratch.partial, scratch.arrived,
         count, rows, part.columns, part.records, *strides, eps, ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
-        M=m, REPEAT=config.repeat, WARPS=config.warps, SPLIT=split,
+        M=m, REPEAT=config.repeat, WARPS=config.warps, SPLIT=split > 1,
         EVEN=part.columns % RECORD == 0, num_warps=config.warps, num_stages=1, **flags,
     )  # fmt: skip
     return out

@@ -3,12 +3,12 @@
 A record holds 256 columns of one row in chunks of 16 bytes: scales first, then high bits, then low ones. Chunks of the
 same number of consecutive rows lie side by side, int32 ``[records of a row, chunks, rows, 4]``, so that a warp with one
 row a lane reads 512 bytes at once, each lane 16, and every lane needs the same activations. Bits a weight are those of
-the file (q4_k 4.5, q5_k 5.5, q6_k 6.5625, q8_0 8.5): scales multiplied out as pairs of f16 would make 5.0 of q4_k's 4.5,
-11 % more to read, for about a third of an instruction a weight less.
+the file (q4_k 4.5, q5_k 5.5, q6_k 6.5625, q8_0 8.5): scales multiplied out as pairs of f16 would make 5.0 of q4_k's
+4.5, 11 % more to read, for about a third of an instruction a weight less.
 
 Of the bits in a chunk, word j has those of columns 4b + j: in bits 4b to 4b+3 (q8_0: 8b to 8b+7). A chunk of high bits
-serves several chunks of low ones; byte p of its word j has the high bits of b = 2p from bit 0 on and those of b = 2p + 1
-from bit 4 on, chunk after chunk. `blocks.py` and `gemv.py` take them apart.
+serves several chunks of low ones; byte p of its word j has the high bits of b = 2p from bit 0 on and those of
+b = 2p + 1 from bit 4 on, chunk after chunk. `blocks.py` and `gemv.py` take them apart.
 Source: the block layouts of the GGML library, as in `ruvllm_core.model.dequant`.
 """
 
@@ -205,7 +205,7 @@ def _records(tensor: QuantTensor, layout: Layout, device: torch.device) -> tuple
 
 
 def _bits(codes: Tensor, bits: int) -> list[Tensor]:
-    """Chunks int32 ``[rows, records, n, 4]`` of codes uint8 ``[rows, records, 256]``: high bits, if any, and low ones."""
+    """Chunks int32 ``[rows, records, n, 4]`` of codes uint8 ``[rows, records, 256]``: high bits, low ones."""
     rows, records = codes.shape[:2]
     if bits == 8:
         return [_words(codes.view(rows, records, 16, 4, 4).transpose(3, 4))]

@@ -18,8 +18,8 @@ class CudaKernels:
 
     Args:
         options: `device` must be ``auto``, ``cuda`` or ``cuda:N``; `dtype` is that of activations between operations,
-            bfloat16 for ``auto``. Weights stay in the bits they have, floats of 32 bits become bfloat16. `plugin` is our
-            `CudaSettings`.
+            bfloat16 for ``auto``. Weights stay in the bits they have, floats of 32 bits become bfloat16. `plugin` is
+            our `CudaSettings`.
 
     Raises `ConfigError` for another device, one that is not there, or a GPU older than compute capability 8.0.
     """
@@ -32,7 +32,8 @@ class CudaKernels:
         self.device = pick_device(options)
         if not self.device.startswith("cuda"):
             raise ConfigError(
-                f"device {options.device}: kernels cuda run on NVIDIA GPUs only", hint="use device cuda, or other kernels"
+                f"device {options.device}: kernels cuda run on NVIDIA GPUs only",
+                hint="use device cuda, or other kernels",
             )
         if (found := torch.cuda.get_device_capability(self.device)) < _LEAST:
             name = torch.cuda.get_device_name(self.device)
