@@ -90,7 +90,10 @@ class Case:
         storage.write(0, torch.arange(total * size).numpy(), *flat)
         read = [x.double() for x in storage.read(0, torch.arange(total))]
         parts = [split_rows(x[0], bits, self.dim) for x in (storage.keys, storage.values)]
-        mean = storage.means[0][..., : self.dim], storage.means[0][..., self.dim :].contiguous().view(torch.float16)[..., 0]
+        mean = (
+            storage.means[0][..., : self.dim],
+            storage.means[0][..., self.dim :].contiguous().view(torch.float16)[..., 0],
+        )
         tensors = (parts[0][0], parts[1][0], parts[0][1], parts[1][1], *mean)
         return CodedKV(bits, self.dim, *(x.contiguous().to(self.device) for x in tensors)), *read
 

@@ -29,7 +29,8 @@ def reference(bits, dim, size, key, value):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("dim", "size", "interleaved", "rope_half"), [(64, 16, None, 0), (128, 48, False, 64), (80, 16, False, 16), (96, 40, True, 48)]
+    ("dim", "size", "interleaved", "rope_half"),
+    [(64, 16, None, 0), (128, 48, False, 64), (80, 16, False, 16), (96, 40, True, 48)],
 )
 def test_coding_and_back(device, bits, dim, size, interleaved, rope_half):
     """With a bias that keys are stored without, and without one; slots in any order, a block that is passed over."""

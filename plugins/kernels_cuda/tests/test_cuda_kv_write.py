@@ -13,7 +13,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.parametrize("scheme", ["f32", "f16", "bf16", "fp8"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rope_half", "interleaved", "biased"),
-    [(7, 1, 64, 32, False, True), (3, 3, 80, 16, False, False), (4, 2, 96, 48, True, True), (2, 1, 128, 24, True, False)],
+    [
+        (7, 1, 64, 32, False, True),
+        (3, 3, 80, 16, False, False),
+        (4, 2, 96, 48, True, True),
+        (2, 1, 128, 24, True, False),
+    ],
 )
 def test_rotate_and_write(device, scheme, heads, kv_heads, dim, rope_half, interleaved, biased):
     from ruvllm_kernels_cuda.kv_write import rotate_and_write
@@ -26,7 +31,9 @@ def test_rotate_and_write(device, scheme, heads, kv_heads, dim, rope_half, inter
     angles = torch.randn(2, 11, rope_half)
     if scheme == "fp8":  # which holds whole numbers up to 16, so that nothing is rounded: quarter turns of them
         qkv, bias, angles = (qkv * 2).round().clamp(-8, 8), bias.round(), (angles * 2).round() * (torch.pi / 2)
-    tables = RotaryTables(angles.cos().round(decimals=6).to(device), angles.sin().round(decimals=6).to(device), interleaved)
+    tables = RotaryTables(
+        angles.cos().round(decimals=6).to(device), angles.sin().round(decimals=6).to(device), interleaved
+    )
     positions, variants = torch.tensor([0, 10, 3, 4, 1, 2]), torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.uint8)
     slots = torch.tensor([19, 0, 7, 6, -1, 13])
     args = (x.to(device) for x in (slots, positions))

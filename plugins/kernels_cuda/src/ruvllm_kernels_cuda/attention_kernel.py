@@ -5,8 +5,8 @@ those rows can see in all segments. With one share it writes the answer; with mo
 its sum. What changes from step to step is read from tensors, so a launch can be part of a CUDA graph: programs of
 which nothing is wanted end at once.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def _tiles_of(
     return low - start, tl.maximum(high, low) - start
 
 
-@triton.jit
+# What differs from batch to batch must not compile the kernel again.
+@triton.jit(do_not_specialize=["splits", "older_width", "store_width", "width"])
 def _attend(
     query, out, sums, cu_q, positions, boundary, bias, cos, sin, scale, heads, kv_heads, splits,
     older_keys, older_values, older_table, older_lengths, older_starts, older_width,
@@ -121,7 +122,9 @@ def _attend(
     # All tiles in a row: the store's, those of older floats, the newest ones. This program's are [begin, end).
     newest_start = tl.load(starts + sequence)
     newest_length = tl.load(lengths + sequence)
-    low, high = _tiles_of(newest_start, newest_length, lowest, highest, low_bound, high_bound, BN, WINDOW, BOUNDED, True)
+    low, high = _tiles_of(
+        newest_start, newest_length, lowest, highest, low_bound, high_bound, BN, WINDOW, BOUNDED, True
+    )
     newest_first = low // BN
     tiles = tl.where(high > low, (high + BN - 1) // BN - newest_first, 0)
     newest_stop = newest_first + tiles
@@ -167,7 +170,9 @@ def _attend(
                 one, two = pair_indices(h, ROPE_HALF, D, INTERLEAVED)
                 paired = real[:, None] & (h < D // 2)[None, :]
                 first_of_pair = tl.load(query + line[:, None] * D + one[None, :], mask=paired, other=0.0).to(tl.float32)
-                second_of_pair = tl.load(query + line[:, None] * D + two[None, :], mask=paired, other=0.0).to(tl.float32)
+                second_of_pair = tl.load(query + line[:, None] * D + two[None, :], mask=paired, other=0.0).to(
+                    tl.float32
+                )
             best, total, mixed = coded_tiles(
                 asked, first_of_pair, second_of_pair, at, bounds, best, total,
                 store_keys, store_values, key_scales, value_scales, means, mean_scales, bias, cos, sin,

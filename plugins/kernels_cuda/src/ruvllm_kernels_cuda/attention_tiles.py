@@ -4,7 +4,7 @@ A program holds some query rows of one key/value head: row r of a sequence is qu
 ``r // GROUP``, so all query heads of a key/value head read each tile once, as rows of one matrix product. Scores are
 in base 2 (the scale has log2 e in it), since ``exp2`` is one instruction.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803, N806
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def coded_tiles(
             scores = dot(high_query, tl.trans(high_key), scores) * low_scale[None, :]
         low_mean = tl.load(means + owner * D + h, mask=within, other=0).to(tl.float32) - 127.5
         high_mean = tl.load(means + owner * D + HALF + h, mask=within, other=0).to(tl.float32) - 127.5
-        shared = tl.sum(low_query.to(tl.float32) * low_mean[None, :] + high_query.to(tl.float32) * high_mean[None, :], 1)
+        shared = tl.sum(
+            low_query.to(tl.float32) * low_mean[None, :] + high_query.to(tl.float32) * high_mean[None, :], 1
+        )
         scores += (shared * tl.load(mean_scales + owner).to(tl.float32))[:, None]
         if CENTERED:
             at = start + number * S + (tile % TILES) * BN

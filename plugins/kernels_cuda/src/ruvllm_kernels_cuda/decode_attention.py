@@ -6,8 +6,8 @@ weighted mean and the logarithm of its sum, and a second kernel adds them in fix
 the same bits. The parts are under 6 % of what is read at depth 8192. Coded segments are decoded after they are loaded:
 about four instructions a value, which is close to what 132 multiprocessors do while memory delivers 4-bit codes.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_kernel import Attention, Tuning, launch
-from ruvllm_kernels_cuda.segments import DeviceSegment
+from ruvllm_kernels_cuda.segments import CodedKV, DeviceSegment
 
 #: Keys of a tile, warps and stages that a benchmark tries; the first is used. Rows follow from the group.
 TUNINGS = ((64, 4, 3), (64, 4, 4), (64, 4, 5), (32, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3), (32, 2, 4))
+#: The same where a segment is coded.
+CODED_TUNINGS = ((64, 4, 3), (64, 8, 3), (32, 4, 3), (128, 8, 2))
 PROGRAMS = 2  # a multiprocessor, so that one computes while another waits for memory
 MOST_ROWS = 64  # of one program: with more, `prefill_attention` is the faster one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
     """Parts ``[lines, splits, D]`` and logarithms of their sums, base 2, to ``[lines, D]``. One program a line."""
     line = tl.program_id(0).to(tl.int64)
@@ -53,7 +55,7 @@ def _combine(parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS
 
 def decode_rows(heads: int, kv_heads: int, max_tokens: int) -> int:
     """Query rows of a program: a power of two, 16 at least, as the matrix units want them."""
-    return max(16, triton.next_power_of_2(heads // kv_heads * max_tokens))
+    return max(16, int(triton.next_power_of_2(heads // kv_heads * max_tokens)))
 
 
 def plan_splits(sequences: int, kv_heads: int, max_context: int, processors: int = 132, tile: int = 64) -> int:
@@ -64,8 +66,10 @@ def plan_splits(sequences: int, kv_heads: int, max_context: int, processors: int
     return max(1, min(PROGRAMS * processors // (sequences * kv_heads), -(-max_context // tile)))
 
 
-def decode_workspace(tokens: int, heads: int, head_dim: int, splits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where `decode_attention` leaves parts and the logarithms of their sums: float32, for the most tokens of a step."""
+def decode_workspace(
+    tokens: int, heads: int, head_dim: int, splits: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where `decode_attention` leaves parts and logarithms of their sums: float32, for the most tokens of a step."""
     return (
         torch.empty(tokens, heads, splits, head_dim, dtype=torch.float32, device=device),
         torch.empty(tokens, heads, splits, dtype=torch.float32, device=device),
@@ -89,7 +93,9 @@ def decode_attention(
     """
     tokens, heads, dim = query.shape
     out = torch.empty_like(query) if out is None else out
-    tile, warps, stages = TUNINGS[0] if tuning is None else tuning
+    if tuning is None:
+        tuning = (CODED_TUNINGS if any(isinstance(one.kv, CodedKV) for one in segments) else TUNINGS)[0]
+    tile, warps, stages = tuning
     rows = min(decode_rows(heads, segments[-1].kv.keys.shape[1], max_tokens), MOST_ROWS)
     blocks = -(-max_tokens * (heads // segments[-1].kv.keys.shape[1]) // rows)
     shape = Tuning(rows, tile, warps, stages)

@@ -3,7 +3,7 @@
 Memory bounds it: three values move for one activation, so a program takes so many of a row that loads are wide and
 the grid still fills the GPU at batch 1.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def _gated(gate_up, out, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK
     tl.store(out + row * out_stride + column, (gate * up).to(out.dtype.element_ty), mask=inside)
 
 
-def gated(
-    gate_up: Tensor, activation: str, out: Tensor | None = None, tuning: tuple[int, int] = TUNINGS[0]
-) -> Tensor:
+def gated(gate_up: Tensor, activation: str, out: Tensor | None = None, tuning: tuple[int, int] = TUNINGS[0]) -> Tensor:
     """``act(gate) * up`` of ``[T, 2I]``, gates first, as ``[T, I]`` bfloat16 or the type of `out`.
 
     `activation` is ``silu``, ``gelu_tanh`` or ``gelu``, as in `ruvllm_core.decode.ops.Ops`.

@@ -3,8 +3,8 @@
 One kernel instead of five (bias, two rotations, two copies): each value is read once and written once, where
 attention will read it. A program takes several heads of a token, each value in one pair.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: N803
 
 from __future__ import annotations
 

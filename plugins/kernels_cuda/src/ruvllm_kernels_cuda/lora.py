@@ -5,8 +5,8 @@ of a CUDA graph. Memory bounds it: r·(in + out) values a row, under 2 % of a la
 kernel splits the input among programs, so that one row at batch 1 does not wait for a single multiprocessor; the
 second adds their parts in fixed order and writes the output once.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def _expand(
     tl.store(place, (tl.load(place, mask=inside).to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
 
 
-def lora_workspace(
-    tokens: int, pool: LowRankPool, tuning: tuple[int, int, int] = TUNINGS[0]
-) -> Tensor:
+def lora_workspace(tokens: int, pool: LowRankPool, tuning: tuple[int, int, int] = TUNINGS[0]) -> Tensor:
     """Where `add_low_rank` leaves ``A x``: float32, for the most tokens of a step."""
     parts, rank = triton.cdiv(pool.a.shape[2], tuning[0]), pool.a.shape[1]
     return torch.empty(tokens, parts, rank, dtype=torch.float32, device=pool.a.device)
@@ -121,9 +119,7 @@ def add_low_rank(
     wide_in, wide_out, warps = tuning
     parts = lora_workspace(tokens, pool, tuning) if workspace is None else workspace
     count = triton.cdiv(inputs, wide_in)
-    _shrink[(count, tokens)](
-        x, pool.a, parts, adapters, inputs, x.stride(0), R=rank, BLOCK=wide_in, num_warps=warps
-    )
+    _shrink[(count, tokens)](x, pool.a, parts, adapters, inputs, x.stride(0), R=rank, BLOCK=wide_in, num_warps=warps)
     _expand[(triton.cdiv(outputs, wide_out), tokens)](
         y, pool.b, pool.scale, parts, adapters, outputs, y.stride(0),
         PARTS=count, PP=triton.next_power_of_2(count), R=rank, BLOCK=wide_out, num_warps=warps,

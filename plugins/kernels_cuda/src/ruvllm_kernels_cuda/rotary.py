@@ -1,5 +1,5 @@
 """Rotary position tables on the device, and the rotation inside a kernel (RoFormer, arXiv 2104.09864)."""
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ruvllm_core.model.spec import ModelSpec
 
 @dataclass(frozen=True, eq=False)
 class RotaryTables:
-    """cos and sin, float32 ``[variants, positions, d/2]``; `interleaved` is whether pairs are neighbours, not halves."""
+    """cos and sin, float32 ``[variants, positions, d/2]``; `interleaved`: pairs are neighbours, not halves."""
 
     cos: Tensor
     sin: Tensor

@@ -84,7 +84,8 @@ class KeyBias:
 def coded_kv(num_blocks: int, kv_heads: int, block_size: int, head_dim: int, scheme: str, device: str) -> CodedKV:
     """Zeroed storage of a quantized scheme for one layer. Raises `ConfigError` for a head that cannot be coded."""
     if head_dim > 128 or head_dim % 16:
-        what = f"quantized keys and values: kernels for CUDA take a head_dim of at most 128, a multiple of 16, not {head_dim}"
+        takes = "quantized keys and values: kernels for CUDA take a head_dim of at most 128, a multiple of 16"
+        what = f"{takes}, not {head_dim}"
         raise ConfigError(what, hint="use a cache policy that keeps floats")
     bits, groups = STORE_BITS[scheme], head_dim // store_group(head_dim)
     shape = num_blocks, kv_heads, block_size
@@ -92,7 +93,7 @@ def coded_kv(num_blocks: int, kv_heads: int, block_size: int, head_dim: int, sch
     scales = [torch.zeros(*shape, groups, dtype=torch.float16, device=device) for _ in range(2)]
     means = torch.zeros(num_blocks, kv_heads, head_dim, dtype=torch.uint8, device=device)
     mean_scales = torch.zeros(num_blocks, kv_heads, dtype=torch.float16, device=device)
-    return CodedKV(bits, head_dim, *codes, *scales, means, mean_scales)
+    return CodedKV(bits, head_dim, codes[0], codes[1], scales[0], scales[1], means, mean_scales)
 
 
 def key_bias_table(bias: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rows: int = 128) -> KeyBias:
