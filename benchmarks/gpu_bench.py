@@ -31,6 +31,7 @@ from ruvllm_core.model.spec import ModelSpec, TensorSource, llama_tensor_names
 from ruvllm_core.protocols import Adapter, DecoderOptions, LowRank
 from ruvllm_kernels_cuda.decoder import CudaDecoder
 from ruvllm_kernels_cuda.packing import PackedMatrix, PackedPart
+from ruvllm_kernels_cuda.scratch import Scratch
 from ruvllm_kernels_cuda.segments import CodedKV
 from ruvllm_kernels_cuda.storage import DeviceStorage
 from ruvllm_kernels_cuda.weights import PRODUCTS, LayerWeights, ModelWeights, Product
@@ -219,7 +220,6 @@ class Bench:
         depth, steps = 32768, 64
         plain = storage(decoder, depth + steps, "f16")
         floats = self._timed(decoder, lambda: [segment(plain, 1, depth + 1, 0, depth + steps)], depth, steps)
-        del plain
         stored = (depth + 1 - SINKS - TAIL) // BLOCK * BLOCK
         start = (SINKS + stored) // BLOCK * BLOCK
         room = depth + steps - start
@@ -281,7 +281,11 @@ class Bench:
         spec = decoder.spec
         cached = 4 * spec.num_layers * spec.num_kv_heads * spec.head_dim * count * (depth + STEPS / 2)
         read = weights.nbytes - weights.embed.nbytes + cached
-        return {"tok/s": count * STEPS / seconds, "ms a step": 1e3 * seconds / STEPS, "of copy": read * STEPS / seconds / self.copy}
+        return {
+            "tok/s": count * STEPS / seconds,
+            "ms a step": 1e3 * seconds / STEPS,
+            "of copy": read * STEPS / seconds / self.copy,
+        }
 
     @staticmethod
     def _timed(
@@ -297,7 +301,9 @@ class Bench:
             torch.cuda.empty_cache()
             spec, scheme_for = (QWEN, q4_k_m) if name == "qwen" else (MISTRAL, bfloat16)
             weights, options = model_weights(spec, scheme_for), DecoderOptions(max_context=spec.max_context)
-            self._name, self._model = name, (CudaDecoder(spec, weights, options, torch.device("cuda")), weights)
+            device = torch.device("cuda")
+            scratch = Scratch.on(device, dense=1 << 28)  # the largest matrix of a layer in one piece
+            self._name, self._model = name, (CudaDecoder(spec, weights, options, device, scratch=scratch), weights)
         return self._model
 
 
@@ -352,7 +358,9 @@ def main() -> None:
 
 
 def line(name: str, result: Result) -> str:
-    shown = ", ".join(f"{key} {value:,.4g}" if isinstance(value, float | int) else f"{key} {value}" for key, value in result.items())
+    shown = ", ".join(
+        f"{key} {value:,.4g}" if isinstance(value, float | int) else f"{key} {value}" for key, value in result.items()
+    )
     goal = f"   (must {GOALS[name][0]:,g}, aim {GOALS[name][1]:,g})" if name in GOALS else ""
     return f"{name:12} {shown}{goal}"
 

@@ -67,8 +67,8 @@ def test_mixed_batches_of_every_kind_of_model(device, name):
     decoder.close()
 
 
-@pytest.mark.parametrize("dtype", ["auto", pytest.param("bfloat16", marks=on_gpu)])
-@pytest.mark.parametrize("policy", ["contiguous", "paged", "two_tier"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=on_gpu)])
+@pytest.mark.parametrize("policy", [pytest.param("contiguous", marks=on_gpu), "paged", "two_tier"])
 def test_policies(device, policy, dtype):
     """A prompt, then single tokens, through each cache policy; tokens are coded in steps that are graphs."""
     decoder, reference = build(device, WIDE, ("q4_k", "q6_k", "f16", "q8_0"), dtype)
@@ -76,7 +76,7 @@ def test_policies(device, policy, dtype):
         block_size=16, tail_length=20, sink_tokens=3, migration_batch=16, store_precision="q8", tail_precision="f32"
     )
     made = {"contiguous": ContiguousCache, "paged": PagedCache, "two_tier": TwoTierCache}[policy]
-    if dtype != "auto" and policy == "two_tier":
+    if dtype == "bfloat16" and policy == "two_tier":
         options = options.model_copy(update={"tail_precision": "bf16", "store_precision": "q4"})
     tokens, found = np.random.default_rng(3).integers(0, 256, 64).tolist(), []
     for one in (decoder, reference):
@@ -84,7 +84,7 @@ def test_policies(device, policy, dtype):
         feeder = tiny.Feeder(one, made(context))
         feeder.open("a", tokens, 100)
         feeder.open("b", tokens[20:], 100)
-        logits = [feeder.feed(a=50, b=2), *(feeder.feed(a=1, b=1) for _ in range(4))]
+        logits = [feeder.feed(a=52, b=2), *(feeder.feed(a=1, b=1) for _ in range(3))]
         found.append(np.concatenate([np.concatenate([some["a"], some["b"]]) for some in logits]))
     check(*found)
     assert len(decoder.graphs) == {"contiguous": 1, "paged": 1, "two_tier": 2}[policy]
@@ -105,7 +105,7 @@ class Run:
     """Sequences of a decoder, of which each step draws the next token."""
 
     def __init__(self, decoder, *requests):
-        self.decoder, self.cache = decoder, ContiguousCache(tiny.cache_context(decoder))
+        self.decoder, self.cache = decoder, ContiguousCache(tiny.cache_context(decoder, 8))
         self.sequences = [Sequence(request, self.cache, decoder.spec) for request in requests]
         self.requests = requests
         self.batch(*(len(request.prompt_ids) - 1 for request in requests))
@@ -206,11 +206,11 @@ def final_adapter(spec, seed, rank=1):
 def test_a_new_adapter_is_seen_by_the_next_token_in_the_same_graph(pair):
     decoder, reference = pair
     spec, prompt = decoder.spec, tiny.TEXTS["b"][:4]
-    seen, graphs = [], set()
+    seen, graphs, run = [], set(), None
     for seed in range(7):  # more than there are slots
         adapter = final_adapter(spec, seed)
         both = tiny.tiny_request(prompt, adapter=adapter), tiny.tiny_request(prompt)
-        run = Run(decoder, *both) if seed == 0 else run
+        run = run or Run(decoder, *both)
         run.sequences[0].request = both[0]
         run.cache._held = {r.id: h for r, h in zip(both, run.cache._held.values(), strict=True)}
         run.sequences[1].request, run.requests = both[1], both
@@ -243,9 +243,9 @@ def test_pools_of_adapters(device):
     assert sorted(pools.slots_of(some)) == list(range(9)) and pools.generation == generation + 1
     pools.slots_of([final_adapter(spec, 20, rank=3)])
     assert pools.generation == generation + 2
-    with pytest.raises(ValueError, match="has no site layers.9"):
+    with pytest.raises(ValueError, match=r"has no site layers\.9"):
         pools.slots_of([Adapter("x", {"layers.9.attn.q": some[0].sites["final"]})])
-    with pytest.raises(ValueError, match=r"must be \[r, 64\] and \[128, r\]"):
+    with pytest.raises(ValueError, match=r"must be \[r, 64\] and \[96, r\]"):
         pools.slots_of([Adapter("x", {"layers.0.mlp.up": some[0].sites["final"]})])
 
 

@@ -1,6 +1,5 @@
 """From a step's tokens to the next step's inputs without leaving the device."""
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

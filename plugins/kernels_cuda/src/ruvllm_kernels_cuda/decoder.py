@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,49 +11,29 @@ from torch import Tensor
 
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.kv import STORE_BITS, KVStorage
-from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.errors import GenerationError
 from ruvllm_core.generate.request import Request
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
 from ruvllm_kernels_cuda.adapters import NOBODY, AdapterPools, Deltas
 from ruvllm_kernels_cuda.advance import advance
-from ruvllm_kernels_cuda.draws import GREEDY, Drawing, Draws, changes_logits, sampling_fields, sampling_rows
+from ruvllm_kernels_cuda.draws import Drawing, Draws, changes_logits, sampling_fields, sampling_rows
 from ruvllm_kernels_cuda.graphs import Graphs, bucket_of
-from ruvllm_kernels_cuda.inputs import StepBuffers, StepShape, codes_alone, shape_of
+from ruvllm_kernels_cuda.inputs import StepBuffers, StepShape, shape_of
 from ruvllm_kernels_cuda.layers import Layers, Plan
 from ruvllm_kernels_cuda.rotary import rotary_tables
 from ruvllm_kernels_cuda.sampling import SamplingWorkspace, sample
 from ruvllm_kernels_cuda.scratch import Scratch
-from ruvllm_kernels_cuda.storage import DeviceStorage, allocate
+from ruvllm_kernels_cuda.steps import StepKind, has_final, is_decode, owners, rounded_shape
+from ruvllm_kernels_cuda.storage import allocate
 from ruvllm_kernels_cuda.weights import ModelWeights, load_weights
-
-_LEAST_BLOCKS = 16  # columns of a graph's block table, unless one is enough; then powers of two
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a step does beside its layers; a part of what tells graphs apart.
-
-    Attributes:
-        layered, final: whether adapters have sites in layers, and at the final site.
-        drawing: how tokens are drawn; None if only hidden states are wanted.
-        steps: how many steps follow each other on the device; 0 is one that ends on the host.
-        generation: of the adapters' pools.
-    """
-
-    layered: bool = False
-    final: bool = False
-    drawing: Drawing | None = None
-    steps: int = 0
-    generation: int = 0
 
 
 class CudaDecoder:
     """Executes a model with Triton kernels. See `ruvllm_core.protocols.FusedDecoder`.
 
     Weights keep their bits (`packing`). Keys and values can be kept in f16, bf16, f32, q8 and q4, and in ``fp8``, which
-    no cache policy asks for. Without CUDA everything but the capturing of graphs works the same, in Triton's interpreter.
+    no cache policy asks for. Without CUDA all but the capturing of graphs works the same, in Triton's interpreter.
 
     Raises `ModelError` for weights that do not fit the spec, and `OutOfMemoryError`.
     """
@@ -108,8 +87,8 @@ class CudaDecoder:
         if not len(hidden):
             return np.empty((0, self.spec.vocab_size), dtype=np.float32)
         states = torch.tensor(hidden, dtype=torch.float32).to(self.device)
-        if batch is not None and _has_final(batch):
-            slots = np.array(self._adapters.slots_of(batch.adapters), dtype=np.int32)[_owners(batch)]
+        if batch is not None and has_final(batch):
+            slots = np.array(self._adapters.slots_of(batch.adapters), dtype=np.int32)[owners(batch)]
             states = self._adapters.add_final(states, torch.from_numpy(slots).to(self.device))
         return _to_host(layers.head(states))
 
@@ -129,7 +108,7 @@ class CudaDecoder:
         _, logits, drawn = self._run(batch, requests, self._draws.of(requests))
         assert logits is not None and drawn is not None
         changed = [row for row, request in enumerate(requests) if changes_logits(request.params)]
-        tokens: npt.NDArray[np.int64] = drawn[: len(requests)].cpu().numpy()
+        tokens: npt.NDArray[np.int64] = np.array(drawn[: len(requests)].cpu())  # a copy, without CUDA too
         for row in changed:
             tokens[row] = self._draws.on_host(requests[row], _to_host(logits[row]))
         return _checked(tokens)
@@ -138,8 +117,8 @@ class CudaDecoder:
     def decode(self, batch: Batch, steps: int, requests: Sequence[Request] = ()) -> npt.NDArray[np.int64]:
         """Tokens int64 ``[steps, B]`` that follow one after the other, read once at the end.
 
-        Each step's tokens are the next one's inputs without leaving the device; that keys and values of all of them have
-        places in the newest segment's block tables is up to the caller, who must not use `batch` again.
+        Each step's tokens are the next one's inputs without leaving the device. That there are places for the keys and
+        values of all of them in the newest segment's block tables is up to the caller.
 
         Args:
             batch: one token for each sequence, all wanted, and no moves.
@@ -150,7 +129,7 @@ class CudaDecoder:
         self._open()
         count, newest = batch.num_sequences, batch.kv.segments[-1]
         room = newest.block_table.shape[1] * newest.storage.block_size
-        if not _is_decode(batch) or batch.kv.moves or bucket_of(count) is None or steps < 1:
+        if not is_decode(batch) or batch.kv.moves or bucket_of(count) is None or steps < 1:
             raise ValueError("decode takes one token for each of at most 256 sequences, all wanted, and no moves")
         if requests and (len(requests) != count or any(changes_logits(request.params) for request in requests)):
             raise ValueError(f"decode takes {count} requests without penalties or bias, or none")
@@ -159,7 +138,7 @@ class CudaDecoder:
         drawing = self._draws.of(requests)
         _, _, log = self._run(batch, requests, drawing, steps)
         assert log is not None
-        return _checked(log[:, :count].cpu().numpy())
+        return _checked(np.array(log[:, :count].cpu()))
 
     def close(self) -> None:
         self.graphs.clear()
@@ -176,9 +155,9 @@ class CudaDecoder:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Hidden states, and if tokens are drawn, logits and tokens; they may have more rows than are wanted."""
         slots = self._adapters.slots_of(batch.adapters) if batch.adapters else []
-        kind = _Kind(
+        kind = StepKind(
             layered=any(adapter is not None and adapter.changes_cache for adapter in batch.adapters),
-            final=drawing is not None and _has_final(batch),
+            final=drawing is not None and has_final(batch),
             drawing=drawing,
             steps=steps,
             generation=self._adapters.generation,
@@ -194,7 +173,7 @@ class CudaDecoder:
                 owned = np.array(slots, dtype=np.int32)
                 host["adapters"][:] = host["finals"][:] = NOBODY
                 host["adapters"][: shape.tokens] = np.repeat(owned, np.diff(batch.cu_q))
-                host["finals"][: shape.rows] = owned[_owners(batch)]
+                host["finals"][: shape.rows] = owned[owners(batch)]
             if drawing is not None:
                 self._draws.write(requests, host)
             if steps:
@@ -202,7 +181,7 @@ class CudaDecoder:
                 _write_uniforms(self._draws, requests, host["uniform"], host["uniforms"])
             buffers.packet.send()
 
-        rounded = _rounded(shape) if _is_decode(batch) else None
+        rounded = rounded_shape(shape) if is_decode(batch) else None
         if rounded is None:
             buffers = self._buffers(shape, kind)
             write(buffers)
@@ -212,7 +191,7 @@ class CudaDecoder:
         )
         return outputs
 
-    def _buffers(self, shape: StepShape, kind: _Kind) -> StepBuffers:
+    def _buffers(self, shape: StepShape, kind: StepKind) -> StepBuffers:
         extra: dict[str, tuple[str, tuple[int, ...]]] = {}
         if kind.layered or kind.final:
             extra |= {"adapters": ("int32", (shape.tokens,)), "finals": ("int32", (shape.rows,))}
@@ -222,7 +201,7 @@ class CudaDecoder:
             extra |= {"counter": ("int32", (1,)), "uniforms": ("float64", (kind.steps, shape.rows))}
         return StepBuffers(shape, self.device, extra)
 
-    def _body(self, buffers: StepBuffers, kind: _Kind) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _body(self, buffers: StepBuffers, kind: StepKind) -> tuple[Tensor, Tensor | None, Tensor | None]:
         layers, there = self._open(), buffers.packet.device
         deltas = Deltas(self._adapters, there["adapters"]) if kind.layered else None
         hidden = layers.run(buffers.inputs, deltas)
@@ -245,39 +224,6 @@ class CudaDecoder:
         if size not in self._workspaces:
             self._workspaces[size] = SamplingWorkspace(size, self.spec.vocab_size, self.device)
         return self._workspaces[size]
-
-
-def _rounded(shape: StepShape) -> StepShape | None:
-    """The shape of the graph for a step of one token a sequence, or None if that cannot be one."""
-    bucket = bucket_of(shape.tokens)
-    if bucket is None or not codes_alone(shape):
-        return None
-    moves: list[tuple[DeviceStorage, DeviceStorage, int]] = []
-    for source, target, count in shape.moves:
-        if count > bucket * target.block_size:
-            return None
-        moves.append((source, target, bucket * target.block_size))
-    widths = tuple(width if width == 1 else _power_of_two(max(width, _LEAST_BLOCKS)) for width in shape.widths)
-    return replace(shape, tokens=bucket, sequences=bucket, rows=bucket, widths=widths, moves=tuple(moves))
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _is_decode(batch: Batch) -> bool:
-    """Whether every sequence has one token, and all are wanted in order."""
-    count = batch.num_sequences
-    return len(batch.tokens) == count == len(batch.rows) and bool((batch.rows == np.arange(count)).all())
-
-
-def _has_final(batch: Batch) -> bool:
-    return any(adapter is not None and FINAL_SITE in adapter.sites for adapter in batch.adapters)
-
-
-def _owners(batch: Batch) -> npt.NDArray[np.int64]:
-    """The sequence of each wanted row."""
-    return np.searchsorted(batch.cu_q[1:], batch.rows, side="right")
 
 
 def _write_uniforms(

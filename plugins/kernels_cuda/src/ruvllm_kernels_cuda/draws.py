@@ -28,9 +28,6 @@ class Drawing:
     top_p: bool = False
 
 
-GREEDY = Drawing()
-
-
 def sampling_fields(rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What `Draws.write` fills in, for a `Packet`."""
     return {name: (dtype, (rows,)) for name, dtype in _FIELDS.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.kv import KVStorage
 from ruvllm_core.errors import GenerationError
-from ruvllm_kernels_cuda.packet import Packet
+from ruvllm_kernels_cuda.packet import Array, Packet
 from ruvllm_kernels_cuda.segments import CodedKV
 from ruvllm_kernels_cuda.storage import DeviceStorage
 
@@ -146,8 +146,8 @@ class StepBuffers:
         }
         if shape.rows < shape.tokens:
             fields["rows"] = "int64", (shape.rows,)
-        for name, there in (("variants", shape.variants), ("boundary", shape.bounded)):
-            if there:
+        for name, wanted in (("variants", shape.variants), ("boundary", shape.bounded)):
+            if wanted:
                 fields[name] = "int32", (shape.tokens,)
         for n, width in enumerate(shape.widths):
             fields[f"table{n}"] = "int32", (shape.sequences, width)
@@ -196,15 +196,14 @@ class StepBuffers:
             _put(host[f"lengths{n}"], segment.lengths, 0)
             _put(host[f"starts{n}"], segment.starts, 0)
         for n in range(len(self.shape.moves)):
-            found = batch.kv.moves[n] if n < len(batch.kv.moves) else None
-            for name, values, filler in (
-                ("from", found and found.from_slots, 0),
-                ("to", found and found.to_slots, NOWHERE),
-                ("at", found and found.positions, 0),
+            places = [host[f"{name}{n}"] for name in ("from", "to", "at")]
+            one = batch.kv.moves[n]
+            for into, values, filler in zip(
+                places, (one.from_slots, one.to_slots, one.positions), (0, NOWHERE, 0), strict=True
             ):
-                _put(host[f"{name}{n}"], np.empty(0, np.int64) if values is None else values, filler)
+                _put(into, values, filler)
 
 
-def _put(into: np.ndarray, values: np.ndarray, filler: int) -> None:  # type: ignore[type-arg]
+def _put(into: Array, values: Array, filler: int) -> None:
     into[: len(values)] = values
     into[len(values) :] = filler

@@ -1,9 +1,9 @@
 """The layers of a model over a step's inputs.
 
-A step of a few tokens is, per layer: the first norm inside the product for queries, keys and values; their rotation and
-writing; attention and its sum over splits; the output product, which adds to the residual stream; the second norm inside
-the product for gates; the gate; the last product, which adds again. That is 7 launches, 9 with more tokens than a norm
-is fused for. Where cuBLAS multiplies, sums are left to the norm that follows.
+A step of a few tokens is, per layer: the first norm inside the product for queries, keys and values; their rotation
+and writing; attention and its sum over splits; the output product, which adds to the residual stream; the second norm
+inside the product for gates; the gate; the last product, which adds again. That is 8 launches, 10 with more tokens than
+a norm is fused for. Where cuBLAS multiplies, sums are left to the norm that follows.
 """
 
 from __future__ import annotations
@@ -64,7 +64,13 @@ class Layers:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: ModelWeights, tables: RotaryTables, scratch: Scratch, max_context: int, plan: Plan
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        tables: RotaryTables,
+        scratch: Scratch,
+        max_context: int,
+        plan: Plan,
     ) -> None:
         self.spec, self.weights, self.plan = spec, weights, plan
         self._tables, self._scratch, self._max_context = tables, scratch, max_context
@@ -110,9 +116,7 @@ class Layers:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 ``[R, V]`` of states ``[R, C]``."""
-        out = matmul(
-            hidden, self.weights.head, self._scratch, dtype=torch.float32, thresholds=self.plan.thresholds
-        )
+        out = matmul(hidden, self.weights.head, self._scratch, dtype=torch.float32, thresholds=self.plan.thresholds)
         if (cap := self.spec.logit_softcap) is not None:
             out.div_(cap).tanh_().mul_(cap)
         return out
