@@ -86,7 +86,8 @@ def test_passes_that_nobody_needs_can_be_left_out(device):
 
 
 def test_penalties_bias_and_counting(device):
-    from ruvllm_kernels_cuda.sampling import Penalties, SamplingWorkspace, sample
+    from ruvllm_kernels_cuda.penalties import Penalties
+    from ruvllm_kernels_cuda.sampling import SamplingWorkspace, sample
 
     width, prompt = 64, (3, 9, 9, 11)
     params = SamplingFields(temperature=0.8, top_p=0.95, repetition_penalty=1.7, frequency_penalty=0.3,
