@@ -186,8 +186,8 @@ class Bench:
     def deep(self) -> Result:
         return self._decode("qwen", 1, 8192)
 
-    def prefill(self) -> Result:
-        count, (decoder, _) = 2048, self._load("qwen")
+    def prefill(self, count: int = 2048) -> Result:
+        decoder, _ = self._load("qwen")
         where = storage(decoder, count, "f16")
         view = KVView([segment(where, 1, count, 0, count)], np.arange(count, dtype=np.int64))
         tokens = np.random.default_rng(0).integers(0, QWEN.vocab_size, count)
@@ -214,10 +214,9 @@ class Bench:
 
         return {"tok/s": STEPS / median_seconds(run)}
 
-    def two_tiers(self) -> Result:
+    def two_tiers(self, depth: int = 32768, steps: int = 64) -> Result:
         """Decoding at depth 32k: an f16 cache, and sinks, a store in 4 bits and a tail."""
         decoder, _ = self._load("qwen")
-        depth, steps = 32768, 64
         plain = storage(decoder, depth + steps, "f16")
         floats = self._timed(decoder, lambda: [segment(plain, 1, depth + 1, 0, depth + steps)], depth, steps)
         stored = (depth + 1 - SINKS - TAIL) // BLOCK * BLOCK
@@ -244,7 +243,10 @@ class Bench:
         where, rng = storage(decoder, STEPS, "f16"), np.random.default_rng(1)
 
         def adapter(size: float) -> Adapter:
-            a, b = (rng.normal(0, size, shape).astype(np.float32) for shape in ((2, 3584), (3584, 2)))
+            a, b = (
+                rng.normal(0, size, shape).astype(np.float32)
+                for shape in ((2, QWEN.hidden_size), (QWEN.hidden_size, 2))
+            )
             return Adapter(f"bench {rng.random()}", {"final": LowRank(a, b)})
 
         def batch(one: Adapter | None) -> Batch:
