@@ -108,7 +108,7 @@ class CudaDecoder:
         _, logits, drawn = self._run(batch, requests, self._draws.of(requests))
         assert logits is not None and drawn is not None
         changed = [row for row, request in enumerate(requests) if changes_logits(request.params)]
-        tokens: npt.NDArray[np.int64] = np.array(drawn[: len(requests)].cpu())  # a copy, without CUDA too
+        tokens: npt.NDArray[np.int64] = drawn[: len(requests)].cpu().numpy().copy()  # a copy, without CUDA too
         for row in changed:
             tokens[row] = self._draws.on_host(requests[row], _to_host(logits[row]))
         return _checked(tokens)
@@ -138,7 +138,7 @@ class CudaDecoder:
         drawing = self._draws.of(requests)
         _, _, log = self._run(batch, requests, drawing, steps)
         assert log is not None
-        return _checked(np.array(log[:, :count].cpu()))
+        return _checked(log[:, :count].cpu().numpy().copy())
 
     def close(self) -> None:
         self.graphs.clear()
@@ -148,6 +148,8 @@ class CudaDecoder:
     def _open(self) -> Layers:
         if self._layers is None:
             raise GenerationError("this decoder is closed")
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # Triton launches on the thread's current one
         return self._layers
 
     def _run(
