@@ -57,5 +57,13 @@ class CudaKernels:
         return self._ops
 
     def decoder(self, spec: ModelSpec, weights: Weights, options: DecoderOptions) -> Decoder | None:
-        """None: the eager decoder runs over `ops`."""
-        return None
+        import torch
+
+        from ruvllm_kernels_cuda.decoder import CudaDecoder
+        from ruvllm_kernels_cuda.layers import Plan
+        from ruvllm_kernels_cuda.matmul import Thresholds
+        from ruvllm_kernels_cuda.scratch import Scratch
+
+        scratch = Scratch.on(self.device, dense=self.settings.scratch_mib << 19)
+        plan = Plan(Thresholds(tiles=self.settings.tile_rows))
+        return CudaDecoder(spec, weights, options, torch.device(self.device), scratch=scratch, plan=plan)

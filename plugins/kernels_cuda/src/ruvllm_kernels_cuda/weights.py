@@ -1,0 +1,107 @@
+"""A model's weights on the device, packed layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvllm_core.errors import ModelError, OutOfMemoryError
+from ruvllm_core.model.quant import QuantTensor
+from ruvllm_core.model.spec import ModelSpec, llama_tensor_names
+from ruvllm_core.protocols import Weights
+from ruvllm_kernels_cuda.packing import PackedMatrix, pack
+
+#: The four products of a layer, and the canonical weights that are stacked for each.
+PRODUCTS = {
+    "qkv": ("attn.q", "attn.k", "attn.v"),
+    "o": ("attn.o",),
+    "gate_up": ("mlp.gate", "mlp.up"),
+    "down": ("mlp.down",),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A packed matrix and its bias, float32 ``[rows]``, or None."""
+
+    matrix: PackedMatrix
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """Norms are float32 ``[C]``. Queries, keys and values are stacked in `qkv`, gates and their values in `gate_up`."""
+
+    attn_norm: Tensor
+    mlp_norm: Tensor
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """Everything a decoder multiplies with; `head` is `embed` itself where embeddings are tied."""
+
+    embed: PackedMatrix
+    head: PackedMatrix
+    final_norm: Tensor
+    layers: tuple[LayerWeights, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices."""
+        matrices = [self.embed] if self.head is self.embed else [self.embed, self.head]
+        for layer in self.layers:
+            matrices += [layer.qkv.matrix, layer.o.matrix, layer.gate_up.matrix, layer.down.matrix]
+        return sum(matrix.nbytes for matrix in matrices)
+
+
+def load_weights(spec: ModelSpec, weights: Weights, device: torch.device) -> ModelWeights:
+    """Pack all weights on `device`; of a mapped file, a few rows at a time are in the host's memory.
+
+    Raises `ModelError` for a weight that is missing, has another shape, or that the spec does not know of, and
+    `OutOfMemoryError` if the device is too small.
+    """
+    shapes = {name: source.shape for name, source in llama_tensor_names(spec).items()}
+    for name in weights:  # it would be left out
+        if name.endswith(".bias") and name not in shapes:
+            raise ModelError(f"weight {name} is there, but the model's description has no such bias")
+
+    def tensor(name: str) -> QuantTensor:
+        if name not in weights:
+            raise ModelError(f"weight {name} is missing")
+        if weights[name].shape != shapes[name]:
+            raise ModelError(f"weight {name} has shape {weights[name].shape}, the model needs {shapes[name]}")
+        return weights[name]
+
+    def vector(names: Sequence[str]) -> Tensor:
+        values = np.concatenate([tensor(name).dequantize() for name in names]).astype(np.float32)
+        return torch.from_numpy(values).to(device)
+
+    def product(prefix: str, parts: Sequence[str]) -> Product:
+        names = [prefix + part for part in parts]
+        biases = [f"{name}.bias" for name in names]
+        bias = vector(biases) if biases[0] in shapes else None  # the spec has them for all parts or for none
+        return Product(pack([tensor(name) for name in names], device), bias)
+
+    def layer(prefix: str) -> LayerWeights:
+        norms = vector([f"{prefix}attn_norm"]), vector([f"{prefix}mlp_norm"])
+        return LayerWeights(*norms, *(product(prefix, parts) for parts in PRODUCTS.values()))
+
+    try:
+        embed = pack([tensor("embed")], device)
+        layers = tuple(layer(f"layers.{n}.") for n in range(spec.num_layers))
+        head = embed if spec.tied_embeddings else pack([tensor("lm_head")], device)
+        return ModelWeights(embed, head, vector(["final_norm"]), layers)
+    except torch.OutOfMemoryError as error:
+        needed = sum(one.data.nbytes for one in weights.values()) / 2**30
+        raise OutOfMemoryError(
+            f"weights of {needed:.2f} GiB do not fit on {device}: {error}",
+            hint="use a smaller model or fewer bits a weight, or close other programs that use the GPU",
+        ) from None
