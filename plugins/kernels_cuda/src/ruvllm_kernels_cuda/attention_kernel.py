@@ -5,8 +5,6 @@ those rows can see in all segments. With one share it writes the answer; with mo
 its sum. What changes from step to step is read from tensors, so a launch can be part of a CUDA graph: programs of
 which nothing is wanted end at once.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ A program holds some query rows of one key/value head: row r of a sequence is qu
 ``r // GROUP``, so all query heads of a key/value head read each tile once, as rows of one matrix product. Scores are
 in base 2 (the scale has log2 e in it), since ``exp2`` is one instruction.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

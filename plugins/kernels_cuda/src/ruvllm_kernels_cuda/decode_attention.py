@@ -6,8 +6,6 @@ weighted mean and the logarithm of its sum, and a second kernel adds them in fix
 the same bits. The parts are under 6 % of what is read at depth 8192. Coded segments are decoded after they are loaded:
 about four instructions a value, which is close to what 132 multiprocessors do while memory delivers 4-bit codes.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

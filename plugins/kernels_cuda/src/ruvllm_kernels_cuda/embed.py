@@ -19,7 +19,8 @@ def _wanted(tokens, count, first, rows, total, TOKENS: tl.constexpr):
     i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     token = tl.load(tokens + i, mask=i < count, other=0).to(tl.int64)
     here = (i < count) & (token >= first) & (token < first + rows)
-    nowhere = (i < count) & (first == 0) & ((token < 0) | (token >= total))
+    begins = first + 0 * i == 0  # a tile: the interpreter makes no mask of a tile and a scalar
+    nowhere = (i < count) & begins & ((token < 0) | (token >= total))
     return i, tl.where(here, token - first, 0).to(tl.int32), here, nowhere
 
 

@@ -3,8 +3,6 @@
 Memory bounds it: three values move for one activation, so a program takes so many of a row that loads are wide and
 the grid still fills the GPU at batch 1.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

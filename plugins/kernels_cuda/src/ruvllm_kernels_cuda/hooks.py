@@ -18,6 +18,6 @@ def probe() -> str | None:
 
 @hookimpl
 def kernels() -> list[Offer]:
-    about = "products over packed quantized weights on NVIDIA GPUs, in Triton"
+    about = "whole steps over packed quantized weights on NVIDIA GPUs, in Triton"
     # Before PyTorch, which has 0; where there is no such GPU the probe says so.
     return [Offer("cuda", "ruvllm_kernels_cuda.provider:CudaKernels", about, probe, priority=20, devices=("cuda",))]

@@ -4,8 +4,6 @@ Coding whole blocks is a kernel: it replaces some thirty passes over the block b
 stand in a CUDA graph, as a block without a place is passed over. Plain copies, and the way back to floats that only
 follows taking back many tokens, are rare and a few indexed copies each: PyTorch does them.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 One kernel instead of five (bias, two rotations, two copies): each value is read once and written once, where
 attention will read it. A program takes several heads of a token, each value in one pair.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -60,12 +58,13 @@ def _rotate_and_write(
     tl.store(place + second[None, :], _cast(two, query), mask=wanted)
 
     slot = tl.load(slots + token).to(tl.int64)
+    there = (slot + 0 * head >= 0)[:, None]  # a tile: the interpreter makes no mask of a tile and a scalar
     kv_head = (head - HEADS) % KV_HEADS
     place = ((slot // S * KV_HEADS + kv_head) * S + slot % S)[:, None] * D
-    wanted = real & (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None] & (slot >= 0)
+    wanted = real & (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None] & there
     tl.store(keys + place + first[None, :], _cast(one, keys), mask=wanted)
     tl.store(keys + place + second[None, :], _cast(two, keys), mask=wanted)
-    wanted = real & (head >= HEADS + KV_HEADS)[:, None] & (slot >= 0)
+    wanted = real & (head >= HEADS + KV_HEADS)[:, None] & there
     tl.store(values + place + first[None, :], _cast(one, values), mask=wanted)
     tl.store(values + place + second[None, :], _cast(two, values), mask=wanted)
 

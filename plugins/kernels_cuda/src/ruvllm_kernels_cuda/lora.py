@@ -5,8 +5,6 @@ of a CUDA graph. Memory bounds it: r·(in + out) values a row, under 2 % of a la
 kernel splits the input among programs, so that one row at batch 1 does not wait for a single multiprocessor; the
 second adds their parts in fixed order and writes the output once.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 Memory bounds it: a row is read and written once, and stays in registers between. At batch 1 what counts is the
 latency of one load, one reduction and one store, so a row is one program with 16 or so values a thread.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

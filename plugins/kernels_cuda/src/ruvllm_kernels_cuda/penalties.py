@@ -1,6 +1,4 @@
 """What logits are changed by before a token is drawn, and what is counted afterwards, on the device."""
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

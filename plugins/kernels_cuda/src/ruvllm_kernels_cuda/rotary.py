@@ -1,6 +1,4 @@
 """Rotary position tables on the device, and the rotation inside a kernel (RoFormer, arXiv 2104.09864)."""
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803
 
 from __future__ import annotations
 

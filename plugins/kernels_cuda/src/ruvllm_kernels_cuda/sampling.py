@@ -5,8 +5,7 @@ sorted: logits as whole numbers in their order have 32 bits, and each pass finds
 thresholds at once, the weights (top-p) or the number (top-k) of tokens above. Sums are float64 in fixed order, so a
 draw comes out as on the host. A pass reads 12 bytes a token from the L2 cache with a program every `CHUNK` tokens.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# ruff: noqa: N803, SIM102
+# ruff: noqa: SIM102
 
 from __future__ import annotations
 
