@@ -30,9 +30,9 @@ def registry() -> Registry:
     return made
 
 
-def test_it_goes_before_pytorch_on_nvidia_gpus_only(registry: Registry) -> None:
+def test_it_is_for_nvidia_gpus_and_has_to_be_named(registry: Registry) -> None:
     entry = registry.entry("kernels", "cuda")
-    assert entry.offer.priority > 0
+    assert entry.offer.priority < 0
     assert entry.reason("cpu") == "it runs on cuda, not on cpu"
     assert isinstance(registry.options("kernels_cuda"), CudaSettings)
 
