@@ -1,5 +1,4 @@
 """From a step's tokens to the next step's inputs without leaving the device."""
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -26,10 +25,10 @@ def _advance(
     tl.store(positions + b, position, mask=live)
     tl.store(lengths + b, tl.load(lengths + b, mask=inside, other=0) + 1, mask=live)
     at = position - tl.load(starts + b, mask=inside, other=0)
+    more = inside & (step + 1 + 0 * b < steps)  # a tile: the interpreter makes no mask of a tile and a scalar
     # After the last step there may be no room for another token.
-    block = tl.load(table + b * width + at // S, mask=live & (step + 1 < steps), other=0).to(tl.int64)
+    block = tl.load(table + b * width + at // S, mask=live & more, other=0).to(tl.int64)
     tl.store(slots + b, block * S + at % S, mask=live)
-    more = inside & (step + 1 < steps)
     tl.store(uniform + b, tl.load(uniforms + (step + 1) * sequences + b, mask=more, other=0.0), mask=inside)
     tl.debug_barrier()  # everybody has read the counter
     tl.store(counter, step + 1)
