@@ -260,6 +260,22 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     assert repeated
 
 
+def test_without_weight_texts_change_nothing() -> None:
+    """As in the arm that has no leash."""
+    model, shapes = subject(), linear_sites(SPEC)
+    cells = [Cell(controls.FREE, "short", 0), Cell(controls.FREE, "no I", 1)]
+    config = LearnerConfig(learning_rate=0.01, objective=ObjectiveConfig(leash=0.0, text_leash=0.0))
+    found = []
+    for texts in ([], [tuple(tiny.TEXTS["b"][:12])]):
+        fleet = lockstep.Fleet(model, cells, shapes, config, 2, 5, 2, texts=texts)
+        fleet.round()
+        fleet.round()
+        found.append(fleet.stack.deltas(1))
+    for name, delta in found[0].items():
+        np.testing.assert_array_equal(delta.b, found[1][name].b)
+        assert np.any(delta.b)
+
+
 def test_the_gatekeeper_judges_as_the_gate() -> None:
     """Every figure of many cells at once is that of one candidate after the other; what is refused is taken back."""
     model, shapes = subject(), linear_sites(SPEC)

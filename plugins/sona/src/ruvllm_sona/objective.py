@@ -7,7 +7,7 @@ For an answer y to a prompt x, with the adapted model p and the base model p₀,
 The first term is the policy gradient (Williams 1992) at the temperature τ the answer was drawn at; `c` says how much
 better the answer was than expected. `w` is the saturation of KTO (arXiv 2402.01306): 4σ(u)(1 − σ(u)) with
 u = β (log p(y) − log p₀(y)), signed so that only what has moved far *with* its verdict is slowed. The second is the
-leash.
+leash, which is all there is for a text that nobody rated.
 """
 
 from __future__ import annotations

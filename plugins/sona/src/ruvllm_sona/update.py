@@ -107,6 +107,8 @@ def gradients(
 ) -> Iterator[Outcome | None]:
     """Add the gradient of the loss (see `objective`) to the adapters' ``grad``; the last thing yielded is the outcome.
 
+    With no examples, and no texts or no weight on them, nothing happens.
+
     Args:
         adapters: one for each of examples and texts, or one for all; the loss is a sum over them. With one for all they
             go through the network after one another in one row, so that no time is spent on padding.
@@ -115,6 +117,8 @@ def gradients(
         texts: that nobody rated: of them there is only the leash, with its own weight, and nothing in the outcome.
     """
     device, both = network.device, [*examples, *(texts if config.text_leash else ())]
+    if not both:
+        return
     ids = [[*one.prompt_ids, *one.output_ids] for one in both]
     ends = np.cumsum([len(one) for one in ids]).tolist() if adapters.shared else []
     tokens = padded([[token for one in ids for token in one]] if ends else ids, device)
