@@ -239,7 +239,7 @@ def _attend(
         key, value = (one[None] for one in _read(call, segment, b, start, stop))
         if count == 1:  # the queries of a group are rows of one small product with their key/value head
             wide = query.view(1, kv_heads, group, dim)
-            return F.scaled_dot_product_attention(wide, key, value, scale=call.scale).view(1, heads, dim)
+            return F.scaled_dot_product_attention(wide, key, value, scale=call.scale).reshape(1, heads, dim)
         plain = call.window is None and start == position
         mask = None if plain else _mask(count, key.shape[2], position, start, call.window, query.device)
         out = F.scaled_dot_product_attention(

@@ -81,11 +81,17 @@ def checked(provider: KernelProvider, tolerance: float) -> Any:
 
 
 class KernelSuite:
-    """Define `make_provider`. Tolerances are relative to the largest value; state what your rounding costs."""
+    """Define `make_provider`. Tolerances are relative to the largest value; state what your rounding costs.
+
+    Attributes:
+        outliers: share of a text's positions that whole models may have further off: where two keys are all but equal,
+            rounding to 16 bits takes sharp attention to the other one. Single operations get none.
+    """
 
     options = DecoderOptions(dtype="float32", device="cpu", max_context=tiny.CONTEXT)
     tolerance = 1e-4
     quantized_tolerance = 1e-4  # of weights that are not floats: raise it if activations are rounded, too
+    outliers = 0.0
 
     def make_provider(self, options: DecoderOptions) -> KernelProvider:
         raise NotImplementedError
@@ -108,6 +114,6 @@ class KernelSuite:
             for name, text in tiny.TEXTS.items():
                 how = text, tiny.CAPACITIES[name], adapters.get(name)
                 expected = tiny.whole(reference, *how)
-                tiny.assert_close(tiny.whole(decoder, *how), expected, tolerance, "a whole prompt")
-                tiny.assert_close(pieces[name], expected, tolerance, "pieces of prompts in mixed batches")
+                tiny.assert_close(tiny.whole(decoder, *how), expected, tolerance, "a whole prompt", self.outliers)
+                tiny.assert_close(pieces[name], expected, tolerance, "pieces of prompts in mixed batches", self.outliers)
             decoder.close()

@@ -27,6 +27,7 @@ class TestKernels(KernelSuite):
     # attention is sharp. Single products are held to less in `test_cuda_matmul.py`.
     tolerance = 0.1
     quantized_tolerance = 0.1
+    outliers = 0.1  # PyTorch's own bfloat16 has positions that are off by 0.57, but no tenth of a text above 0.08
 
     def make_provider(self, options: DecoderOptions) -> KernelProvider:
         if DEVICE == "cuda":

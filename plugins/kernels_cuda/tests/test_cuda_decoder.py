@@ -52,7 +52,8 @@ def check(found, expected, tolerance=TOLERANCE):
     best = np.argsort(expected, -1)
     first, second = (np.take_along_axis(expected, best[:, [n]], -1) for n in (-1, -2))
     sure = (first - second)[:, 0] > 4 * tolerance * expected.std()
-    assert sure.any() and (found.argmax(-1) == best[:, -1])[sure].all()
+    assert (found.argmax(-1) == best[:, -1])[sure].all()
+    return sure.sum()  # positions where the likeliest token is not in doubt
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,8 +62,10 @@ def test_mixed_batches_of_every_kind_of_model(device, name):
     decoder, reference = build(device, tiny.FLAVOURS[name])
     adapters = {"b": tiny.tiny_adapter(decoder.spec)}
     pieces = tiny.Feeder(decoder, ScatteredCache(tiny.cache_context(decoder))).ragged(**adapters)
+    sure = 0
     for text, tokens in tiny.TEXTS.items():
-        check(pieces[text], tiny.whole(reference, tokens, tiny.CAPACITIES[text], adapters.get(text)))
+        sure += check(pieces[text], tiny.whole(reference, tokens, tiny.CAPACITIES[text], adapters.get(text)))
+    assert sure  # in a text, not in each: a softcap brings the likeliest ones close together
     assert isinstance(decoder, FusedDecoder)
     decoder.close()
 
@@ -88,7 +91,7 @@ def test_policies(device, policy, dtype):
         feeder.open("b", tokens[20:], 100)
         logits = [feeder.feed(a=53, b=2), *(feeder.feed(a=1, b=1) for _ in range(2))]
         found.append(np.concatenate([np.concatenate([some["a"], some["b"]]) for some in logits]))
-    check(*found)
+    assert check(*found)
     assert len(decoder.graphs) == {"contiguous": 1, "paged": 1, "two_tier": 2}[policy]
 
 

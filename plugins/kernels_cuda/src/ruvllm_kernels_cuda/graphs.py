@@ -41,7 +41,7 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: dict[Hashable, _Held[Any]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = self._new_pool()
         self.captured = self.replayed = 0
 
     def __len__(self) -> int:
@@ -82,6 +82,10 @@ class Graphs:
     def clear(self) -> None:
         """Forget all of them, and the storages that they read."""
         self._held.clear()
+        self._pool = self._new_pool()  # PyTorch takes no further graph into a pool whose last one is gone
+
+    def _new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     def _capture(self, held: _Held[Buffers], body: Callable[[Buffers], Outputs]) -> None:
         """Record `body`, which has just run: it is not executed again, so nothing changes."""
