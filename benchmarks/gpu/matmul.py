@@ -44,7 +44,7 @@ Way = tuple[str, Any]  # "vector", "tiles" or "dense", and its configuration
 
 
 def random_part(scheme: str, rows: int, columns: int) -> PackedPart:
-    """Random weights on the GPU."""
+    """Random weights on the GPU, of the size that trained ones have: larger ones overflow keys and values in f16."""
     layout = LAYOUTS.get(scheme)
     if layout is None:
         data = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
@@ -52,10 +52,10 @@ def random_part(scheme: str, rows: int, columns: int) -> PackedPart:
     records = -(-columns // RECORD)
     shape = (records, layout.chunks, rows, 4)
     data = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
-    data[:, : layout.scale_chunks] &= 0x27FF27FF  # f16 below 1/32, and never infinite
+    data[:, : layout.scale_chunks] &= 0x07FF07FF  # f16 below 2^-13
     factors = None
     if layout.scales == BYTE:
-        factors = torch.rand(-(-records // 4), rows, 4, device="cuda").mul(0.01).half()
+        factors = torch.rand(-(-records // 4), rows, 4, device="cuda").mul(3e-5).half()
     return PackedPart(scheme, 0, rows, columns, data, factors)
 
 
