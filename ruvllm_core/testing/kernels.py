@@ -114,6 +114,7 @@ class KernelSuite:
             for name, text in tiny.TEXTS.items():
                 how = text, tiny.CAPACITIES[name], adapters.get(name)
                 expected = tiny.whole(reference, *how)
-                tiny.assert_close(tiny.whole(decoder, *how), expected, tolerance, "a whole prompt", self.outliers)
-                tiny.assert_close(pieces[name], expected, tolerance, "pieces of prompts in mixed batches", self.outliers)
+                found = {"a whole prompt": tiny.whole(decoder, *how), "pieces of prompts in mixed batches": pieces[name]}
+                for what, logits in found.items():
+                    tiny.assert_close(logits, expected, tolerance, what, self.outliers)
             decoder.close()
