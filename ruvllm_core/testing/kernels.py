@@ -114,7 +114,7 @@ class KernelSuite:
             for name, text in tiny.TEXTS.items():
                 how = text, tiny.CAPACITIES[name], adapters.get(name)
                 expected = tiny.whole(reference, *how)
-                found = {"a whole prompt": tiny.whole(decoder, *how), "pieces of prompts in mixed batches": pieces[name]}
+                found = {"a prompt at once": tiny.whole(decoder, *how), "pieces in mixed batches": pieces[name]}
                 for what, logits in found.items():
                     tiny.assert_close(logits, expected, tolerance, what, self.outliers)
             decoder.close()
