@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.deep import DeepConfig, batches, beginning, split
+from ruvllm_sona.deep import DeepConfig, batches, split
 from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.network import Network, padded
 from ruvllm_sona.records import Example
-from ruvllm_sona.sites import linear_sites
+from ruvllm_sona.sites import linear_sites, start
 from ruvllm_sona.update import gradients
 from sona.cells import Cell
 from sona.gating import finished
@@ -59,23 +59,18 @@ class _Student:
 
 def train(
     network: Network, cells: Sequence[Cell], told: Sequence[Sequence[Example]], texts: Sequence[Sequence[int]],
-    config: DeepConfig, at_once: int, current: AdapterStack | None = None,
-) -> tuple[AdapterStack, AdapterStack, list[int]]:  # fmt: skip
-    """An adapter for each cell, what each began as, and which cells have a better one now.
+    config: DeepConfig, at_once: int,
+) -> tuple[AdapterStack, list[int]]:  # fmt: skip
+    """An adapter for each cell, and which cells have one; those of the others change nothing.
 
     Args:
         told: what each cell was told.
         texts: on the leash, besides.
         at_once: texts in one backward pass.
-        current: each cell's adapter in force, to begin with.
     """
     shapes, learner = linear_sites(network.spec), config.learner
-    begin = [
-        beginning(current.deltas(row) if current is not None else {}, shapes, replace(learner, seed=cell.seed))
-        for row, cell in enumerate(cells)
-    ]
-    learning = AdapterStack.of(begin, network.device).trainable()
-    mean, best, begun = copied(learning), copied(learning), copied(learning)
+    learning = AdapterStack.of([start(shapes, learner.rank, cell.seed) for cell in cells], network.device).trainable()
+    mean, best = copied(learning), copied(learning)
     adam = CellAdam(learning, mean, learner.learning_rate, learner.average)
     students = []
     for row, (cell, examples) in enumerate(zip(cells, told, strict=True)):
@@ -83,11 +78,6 @@ def train(
             own, held = split(examples, replace(config, seed=cell.seed))
             students.append(_Student(row, own, held, cell.seed))
     active = list(students)
-    if current is not None:
-        _judge(network, active, mean, at_once)
-        for one in active:
-            one.best = max(one.margin, 0.0)
-    to_beat = {one.row: one.best for one in students}
     for epoch in range(config.epochs):
         rounds = [list(batches(one.train, replace(config, seed=one.seed), epoch)) for one in active]
         for step in range(max(map(len, rounds), default=0)):
@@ -116,7 +106,7 @@ def train(
                 for into, factor in zip(best.parameters(), mean.parameters(), strict=True):
                     into[one.row] = factor[one.row]
         active = [one for one in active if one.since <= config.patience]
-    return best, begun, [one.row for one in students if one.best > to_beat[one.row]]
+    return best, [one.row for one in students if one.best > 0.0]
 
 
 @torch.no_grad()

@@ -97,8 +97,7 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
             save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:
                 heard = [[told[n] for told in fleet.log] for n in range(len(plan.with_arm(controls.LEASHED)))]
-                cells = plan.with_arm(controls.DEEP_LOG)
-                rows += _deep(plan, cells, heard, held_out, elsewhere, keeper, say, fleet.stack)
+                rows += _deep(plan, plan.with_arm(controls.DEEP_LOG), heard, held_out, elsewhere, keeper, say)
             del fleet  # it holds memory
     if cells := plan.cells(controls.FINAL, controls.ORIGINAL):
         width = subject.exact.spec.hidden_size
@@ -152,20 +151,17 @@ def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, sa
 
 def _deep(
     plan: Plan, cells: Sequence[Cell], told: Sequence[Sequence[Example]],
-    held_out: HeldOut, elsewhere: Elsewhere, keeper: Gatekeeper, say: Say, current: AdapterStack | None = None,
+    held_out: HeldOut, elsewhere: Elsewhere, keeper: Gatekeeper, say: Say,
 ) -> list[Measured]:  # fmt: skip
     subject, config = held_out.subject, DeepConfig()
     texts = leash_tokens(subject.tokenizer)
-    stack, begun, trained = train(subject.network, cells, told, texts, config, plan.train_at_once, current)
+    stack, trained = train(subject.network, cells, told, texts, config, plan.train_at_once)
     verdicts = keeper.verdicts(stack, [RESCUE] * len(cells))
     passed = [n for n in trained if verdicts[n].passed]
     with torch.no_grad():
         for n, verdict in enumerate(verdicts):
-            for name, (a, b) in stack.sites.items():
-                if n in passed:
-                    b[n] *= verdict.scale
-                else:
-                    a[n], b[n] = begun.sites[name][0][n], begun.sites[name][1][n]
+            for _, b in stack.sites.values():
+                b[n] *= verdict.scale if n in passed else 0.0
     whole = sum(verdicts[n].scale == 1.0 for n in passed)
     say(f"deep training: {len(trained)} of {len(cells)} cells learned, {len(passed)} passed the gate, {whole} whole")
     return measured(plan, cells, stack, plan.checkpoints[-1], held_out, elsewhere)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 
 from ruvllm_core.errors import LearningError
 from ruvllm_core.generate.request import GenerateParams
-from ruvllm_core.protocols import Adapter, LowRank
+from ruvllm_core.protocols import Adapter
 from ruvllm_core.testing import tiny
-from ruvllm_sona.deep import DeepConfig, DeepProgress, beginning, deep, split
+from ruvllm_sona.deep import DeepConfig, DeepProgress, deep
 from ruvllm_sona.drawing import draw_answers
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.measure import NetworkMeasure
@@ -71,34 +70,6 @@ def test_training_that_stopped_goes_on_where_it_was() -> None:
     assert last is not None and rest[-1].deltas is not None
     for site, delta in last.items():
         np.testing.assert_array_equal(delta.b, rest[-1].deltas[site].b)
-
-
-def test_it_begins_with_what_is_in_force() -> None:
-    """Of whatever rank: the margin of the same answers, before anything is learned, is what has to be beaten."""
-    adapter = tiny.tiny_adapter(SPEC)
-    current = {site: LowRank(one.a, one.b, 0.5) for site, one in adapter.sites.items() if site in SHAPES}
-    held = split(rated(), CONFIG)[1]
-    for rank, tolerance in ((4, 1e-4), (1, 1.0)):  # the adapter's own is 2
-        begin = beginning(current, SHAPES, LearnerConfig(rank))
-        assert {len(one.a) for one in begin.values()} == {rank}
-        for site, one in current.items():
-            assert relative(begin[site], one) <= tolerance
-        for one in held:
-            wanted, found = (
-                deque(answer_logprobs(network(), some, one.prompt_ids, one.output_ids), maxlen=1)[0]
-                for some in (current, begin)
-            )
-            assert rank == 1 or np.abs(wanted - found).max() < 1e-3
-    learned = [one for one in deep(network(), SHAPES, rated(), [], CONFIG) if one is not None][-1]
-    assert learned.deltas is not None
-    slow = replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1e-12))
-    rounds = [one for one in deep(network(), SHAPES, rated(), [], slow, current=learned.deltas) if one is not None]
-    assert rounds[0].margin == pytest.approx(learned.best, rel=1e-3)
-
-
-def relative(found: LowRank, wanted: LowRank) -> float:
-    both = [one.scale * one.b @ one.a for one in (found, wanted)]
-    return float(np.linalg.norm(both[0] - both[1]) / np.linalg.norm(both[1]))
 
 
 def test_what_suits_held_out_answers_no_better_is_not_kept() -> None:

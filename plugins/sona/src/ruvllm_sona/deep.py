@@ -1,4 +1,4 @@
-"""The deep loop: an adapter of higher rank, trained on all that was ever rated, from what is in force on.
+"""The deep loop: an adapter of higher rank, trained on all that was ever rated.
 
 The loss is that of `objective` with the weights of KTO (arXiv 2402.01306): good and bad answers count the same in all,
 however many there are of each, and what has moved far with its verdict is slowed. Texts that nobody rated are on the
@@ -17,12 +17,10 @@ from ruvllm_core.errors import LearningError
 from ruvllm_core.protocols import FloatArray, LowRank
 from ruvllm_sona.learner import Learner, LearnerConfig
 from ruvllm_sona.leash_texts import leash_piece
-from ruvllm_sona.merge import merge
 from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.records import Example
 from ruvllm_sona.score import answer_logprobs
-from ruvllm_sona.sites import start
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class DeepProgress:
         epoch: rounds done.
         margin: nats by which held-out good answers have become likelier than the bad ones, a token.
         best: the margin of what would be kept now.
-        deltas: what would be kept now; None if nothing is better than what is in force.
+        deltas: what would be kept now; None if nothing is better than before.
         state: for `resume`.
     """
 
@@ -76,16 +74,10 @@ def deep(
     texts: Sequence[Sequence[int]],
     config: DeepConfig,
     resume: DeepProgress | None = None,
-    current: Mapping[str, LowRank] | None = None,
 ) -> Iterator[DeepProgress | None]:
     """Train; yields None between slices and a `DeepProgress` after every round, from which it can be resumed.
 
-    Args:
-        shapes: sites of the adapter, ``(out, in)`` each.
-        examples: rated answers.
-        texts: those that nobody rated (see `leash_texts`), a piece of one on the leash in every step.
-        resume: a round's progress, to go on from.
-        current: the deltas in force, to begin with; sites that are not in `shapes` are left out.
+    `texts` are those that nobody rated (see `leash_texts`), a piece of one on the leash in every step.
 
     Raises `LearningError` if there is nothing to tell good from bad by.
     """
@@ -96,16 +88,11 @@ def deep(
             hint="rate more answers",
         )
     train, held = split(examples, config)
-    begin = beginning(current or {}, shapes, config.learner)
-    learner = Learner(shapes, config.learner, begin=begin, device=str(network.device))
+    learner = Learner(shapes, config.learner, device=str(network.device))
     best, kept, done = 0.0, None, 0
     if resume is not None:
         learner.restore(resume.state)
         best, kept, done = resume.best, resume.deltas, resume.epoch
-    elif current:
-        for found in _margin(network, begin, held):
-            best = max(best, found) if found is not None else best
-            yield None
     since = 0
     for epoch in range(done, config.epochs):
         for batch, weights in batches(train, config, epoch):
@@ -122,25 +109,6 @@ def deep(
         yield DeepProgress(epoch + 1, margin, best, kept, learner.state())
         if since > config.patience:
             return
-
-
-def beginning(
-    current: Mapping[str, LowRank], shapes: Mapping[str, tuple[int, int]], config: LearnerConfig
-) -> dict[str, LowRank]:
-    """Deltas of the learner's rank that change what `current` does, or the nearest to it if that is of higher rank.
-
-    The ranks that `current` leaves are where learning begins otherwise.
-    """
-    fresh = start(shapes, config.rank, config.seed)
-    found = {}
-    for site, new in fresh.items():
-        if site not in current:
-            found[site] = new
-            continue
-        own = merge([current[site]], [1.0], config.rank).delta
-        left = config.rank - len(own.a)
-        found[site] = LowRank(np.concatenate([own.a, new.a[:left]]), np.concatenate([own.b, new.b[:, :left]], axis=1))
-    return found
 
 
 def batches(train: Sequence[Example], config: DeepConfig, epoch: int) -> Iterator[tuple[list[Example], list[float]]]:

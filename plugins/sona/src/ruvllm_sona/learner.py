@@ -49,7 +49,6 @@ class Learner:
         shapes: sites it is made of, ``(out, in)`` each.
         config: how fast, and how far.
         below: deltas that are there already and stay as they are.
-        begin: where its own factors begin; a start that changes nothing by default.
     """
 
     def __init__(
@@ -58,12 +57,11 @@ class Learner:
         config: LearnerConfig,
         *,
         below: Deltas | None = None,
-        begin: Deltas | None = None,
         device: str = "cpu",
     ) -> None:
         self._shapes, self._config, self._device = dict(shapes), config, device
         self._below = AdapterStack.of([below], device) if below else None
-        self._begin(begin if begin is not None else start(shapes, config.rank, config.seed))
+        self._begin(start(shapes, config.rank, config.seed))
 
     def _begin(self, deltas: Deltas) -> None:
         self._stack = AdapterStack.of([deltas], self._device).trainable()

@@ -92,7 +92,7 @@ class Study:
         texts = yield from self._texts()
         covers = examples[-1].sequence if examples else 0
         shapes, last = linear_sites(self._context.spec), load_progress(path, covers)
-        for found in deep(network, shapes, examples, texts, DeepConfig(), resume=last, current=brain.published):
+        for found in deep(network, shapes, examples, texts, DeepConfig(), resume=last):
             if found is not None:
                 last = found
                 yield from self.elsewhere(partial(save_progress, path, found, covers))
