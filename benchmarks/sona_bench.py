@@ -24,7 +24,7 @@ _SMALL = {"tasks": "no I", "seeds": 1, "feedback": "4", "held_out": 2, "max_toke
           "chats": 1}  # fmt: skip
 
 _FLOATS = ("learning_rate", "leash", "text_leash", "saturation", "budget")
-_SETTINGS = ("rank", "average", "replay", *_FLOATS)
+_SETTINGS = ("rank", "average", *_FLOATS)
 
 
 def main() -> None:
@@ -47,7 +47,6 @@ def main() -> None:
     learner = parser.add_argument_group("whole-network learning", "what is left out is as the plugin has it")
     learner.add_argument("--rank", type=int)
     learner.add_argument("--average", type=int)
-    learner.add_argument("--replay", action=argparse.BooleanOptionalAction)
     for name in _FLOATS:
         learner.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--out", type=Path, help="write the JSON here, too, with a row for every cell, kind by kind")

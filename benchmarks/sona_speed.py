@@ -96,8 +96,7 @@ def instant(made: Engine, count: int) -> Row:
 
 
 def update(made: Engine, rounds: int) -> Row:
-    """One step of Adam for a prompt of 40 tokens and an answer of 80 with the plugin's settings: the leash, a text that
-    nobody rated, and an earlier answer as long if there is replay."""
+    """One step of Adam for a prompt of 40 tokens and an answer of 80, with the plugin's leash and a text on it."""
     from ruvllm_sona.learner import Learner, LearnerConfig
     from ruvllm_sona.leash_texts import leash_piece, leash_tokens
     from ruvllm_sona.network import Network
@@ -112,13 +111,11 @@ def update(made: Engine, rounds: int) -> Row:
     objective = ObjectiveConfig(own.leash, own.saturation, own.budget, own.text_leash)
     config = LearnerConfig(own.rank, own.learning_rate, objective, average=own.average)
     learner, seconds = Learner(linear_sites(made.spec), config), []
-    rated, weights = [], [0.5, -0.5][: 1 + own.replay]
-    for _ in weights:
-        prompt, answer = (tuple(rng.integers(0, made.spec.vocab_size, n).tolist()) for n in (40, 80))
-        rated.append(Example("", prompt, answer, 1.0, 0.8))
+    prompt, answer = (tuple(rng.integers(0, made.spec.vocab_size, n).tolist()) for n in (40, 80))
+    rated = [Example("", prompt, answer, 1.0, 0.8)]
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        work = learner.step(network, rated, weights, texts=[leash_piece(texts, learner.steps)])
+        work = learner.step(network, rated, [0.5], texts=[leash_piece(texts, learner.steps)])
         while (slice_s := timed_next(work)) is not None:
             longest = max(longest, slice_s)
         seconds.append(time.perf_counter() - began)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
+
+from ruvllm_core.testing import tiny
 
 KERNELS = """
     from dataclasses import replace
@@ -372,3 +376,18 @@ def test_it_is_found(outcomes: dict[str, str], number: int) -> None:
     message = outcomes[f"test_broken{number}"]
     assert message != "passed"
     assert not message.startswith(("NameError", "SyntaxError", "TypeError", "AttributeError", "ImportError")), message
+
+
+def test_outliers_are_few_rows_and_never_nan() -> None:
+    expected = np.ones((20, 3), np.float32)
+    for wrong, value, outliers, passes in (
+        (0, 9.0, 0.0, True),
+        (1, 9.0, 0.0, False),
+        (2, 9.0, 0.1, True),
+        (3, 9.0, 0.1, False),
+        (1, np.nan, 0.1, False),
+    ):
+        got = expected.copy()
+        got[:wrong, 1] = value
+        with contextlib.nullcontext() if passes else pytest.raises(AssertionError, match="off by"):
+            tiny.assert_close(got, expected, 0.05, "rows", outliers)

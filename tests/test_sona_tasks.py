@@ -39,7 +39,6 @@ from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network
 from ruvllm_sona.objective import ObjectiveConfig
 from ruvllm_sona.patterns import PatternBank
-from ruvllm_sona.replay import Replay
 from ruvllm_sona.sites import final_site, linear_sites, start
 from ruvllm_sona.trace import Head, eligibility
 
@@ -238,26 +237,21 @@ def test_lockstep_learns_what_the_plugin_learns() -> None:
     model, config = subject(), LearnerConfig(learning_rate=0.01, average=2, objective=objective)
     shapes, texts = linear_sites(SPEC), [tuple(tiny.TEXTS["b"][:12]), tuple(tiny.TEXTS["c"][:9])]
     cells = [Cell(controls.LEASHED, "short", 0), Cell(controls.SHUFFLED, "no I", 1), Cell(controls.LEASHED, "no I", 2)]
-    fleet = lockstep.Fleet(model, cells, shapes, config, 5, 5, 2, texts=texts, replay=True)
+    fleet = lockstep.Fleet(model, cells, shapes, config, 5, 5, 2, texts=texts)
     for _ in range(5):
         fleet.round()
     assert len({one.quality for examples in fleet.log for one in examples}) > 1
-    baseline, repeated = Baseline(len(cells)), 0
-    advantages = [(baseline.advantages([one.quality for one in examples]), baseline.means) for examples in fleet.log]
+    baseline = Baseline(len(cells))
+    advantages = [baseline.advantages([one.quality for one in examples]) for examples in fleet.log]
     for n, cell in enumerate(cells):
-        alone, replay = Learner(shapes, replace(config, seed=cell.seed)), Replay()
-        for examples, (found, means) in zip(fleet.log, advantages, strict=True):
-            again = replay.other(examples[n], means[n])
-            replay.add(examples[n])
-            rated = [(examples[n], found[n]), *([(again, again.quality - means[n])] if again else [])]
-            repeated += len(rated) - 1
+        alone = Learner(shapes, replace(config, seed=cell.seed))
+        for examples, found in zip(fleet.log, advantages, strict=True):
             piece = leash_piece(texts, alone.steps)
-            finished(alone.step(model.network, *zip(*rated, strict=True), texts=[piece]))
+            finished(alone.step(model.network, [examples[n]], [found[n]], texts=[piece]))
         got = fleet.stack.deltas(n)
         for name, delta in alone.deltas().items():
             np.testing.assert_allclose(got[name].a, delta.a, atol=2e-5)
             np.testing.assert_allclose(got[name].b, delta.b, atol=2e-5)
-    assert repeated
 
 
 def test_without_weight_texts_change_nothing() -> None:

@@ -40,11 +40,6 @@ class Baseline:
     def __init__(self, cells: int, horizon: int = BankConfig().baseline_horizon) -> None:
         self._means, self._count, self._horizon = [0.5] * cells, 0, horizon
 
-    @property
-    def means(self) -> list[float]:
-        """What is expected of each cell now."""
-        return list(self._means)
-
     def advantages(self, qualities: Sequence[float]) -> list[float]:
         """How much better each is than expected, which it then becomes part of."""
         found = [quality - mean for quality, mean in zip(qualities, self._means, strict=True)]

@@ -12,7 +12,6 @@ from ruvllm_sona.gate import Backoff
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.leash_texts import leash_piece
 from ruvllm_sona.records import Example
-from ruvllm_sona.replay import Replay
 from ruvllm_sona.sites import start
 from ruvllm_sona.update import gradients
 from sona.cells import Baseline, Cell
@@ -38,7 +37,6 @@ class Fleet:
         at_once: most cells in one backward pass.
         keeper: the gate; None lets everything pass.
         texts: that nobody rated, a piece of one on the leash in every step.
-        replay: learn from an earlier answer of the other verdict as well, in every step.
 
     Attributes:
         stack: the adapters that answer, which are means of those that learn; `begun` is what they started as.
@@ -49,7 +47,7 @@ class Fleet:
     def __init__(
         self, subject: Subject, cells: Sequence[Cell], shapes: dict[str, tuple[int, int]], config: LearnerConfig,
         feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None,
-        texts: Sequence[Sequence[int]] = (), replay: bool = False,
+        texts: Sequence[Sequence[int]] = (),
     ) -> None:  # fmt: skip
         self.subject, self.cells, self.config, self._at_once = subject, list(cells), config, at_once
         device = subject.network.device
@@ -63,7 +61,6 @@ class Fleet:
         self._keeper, self._backoffs = keeper, [Backoff() for _ in cells]
         self.refused = [0] * len(cells)
         self._baseline, self._texts = Baseline(len(cells)), texts
-        self._replay, self._replays = replay, [Replay() for _ in cells]
         self._scores: list[list[int]] = []
         self.log: list[list[Example]] = []
 
@@ -88,11 +85,6 @@ class Fleet:
         advantages = self._baseline.advantages([one.quality for one in examples])
         network, objective = self.subject.network, self.config.objective
         jobs = [(n, one, ahead) for n, (one, ahead) in enumerate(zip(examples, advantages, strict=True))]
-        for n, (replay, one, mean) in enumerate(zip(self._replays, examples, self._baseline.means, strict=True)):
-            if (again := replay.other(one, mean)) is not None:
-                jobs.append((n, again, again.quality - mean))
-            if self._replay:
-                replay.add(one)
         for first in range(0, len(jobs), self._at_once):
             rows, answers, weights = zip(*jobs[first : first + self._at_once], strict=True)
             finished(gradients(network, picked(self._learning, rows), answers, weights, objective))

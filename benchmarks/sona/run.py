@@ -92,7 +92,7 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
     for arms, chosen, gate in ((leashed, config, keeper), ((controls.FREE,), free, None)):
         if cells := plan.cells(*arms):
             last, at_once = plan.checkpoints[-1], plan.train_at_once
-            fleet = Fleet(subject, cells, shapes, chosen, last, plan.max_tokens, at_once, gate, texts, own.replay)
+            fleet = Fleet(subject, cells, shapes, chosen, last, plan.max_tokens, at_once, gate, texts)
             rows += _learn(plan, fleet, held_out, elsewhere, say)
             save(_report(plan, subject, own, rows))
             if controls.DEEP_LOG in plan.arms and fleet.cells[0].arm == controls.LEASHED:

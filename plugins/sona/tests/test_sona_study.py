@@ -86,45 +86,6 @@ def test_every_step_has_a_text_that_nobody_rated(rigs, monkeypatch: pytest.Monke
     assert all(pieces == [leash_piece(texts, steps)] for steps, pieces in found[1:])
 
 
-def test_an_earlier_answer_of_the_other_kind_is_learned_from_once_more(rigs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a restart; not what was rated before a rollback or has been forgotten."""
-    from ruvllm_sona.learner import Learner
-
-    step, found = Learner.step, []
-
-    def noted(self, network, examples, weights, **named):
-        found.append([(one.sequence, one.quality, weight) for one, weight in zip(examples, weights, strict=True)])
-        return step(self, network, examples, weights, **named)
-
-    monkeypatch.setattr(Learner, "step", noted)
-
-    def learned(rig, answers) -> list:
-        found.clear()
-        teach(rig, answers)
-        rig.idle()
-        return [one[1:] for one in found]
-
-    rig = rigs(replay=True)
-    first = learned(rig, ANSWERS[:4])
-    assert [len(one) for one in first] == [0, 1, 1, 1], "of the first kind there is no other yet"
-    for (new, again), _ in zip(found[1:], first[1:], strict=True):
-        assert again[1] == 1.0 - new[1] and np.sign(again[2]) == -np.sign(new[2])
-        assert again[0] < new[0]
-    rig.engine.close()
-    rig = rigs(replay=True)
-    assert [len(one) for one in learned(rig, ANSWERS[4:5])] == [1]
-    rig.on(lambda: rig.loop.tenant().rollback(1))
-    assert [len(one) for one in learned(rig, ANSWERS[5:7])] == [0, 1]
-    assert found[1][1][0] == found[0][0][0]
-    latest = found[1][0][0]
-    rig.engine.close()
-    rig = rigs(replay=True)
-    (again,) = learned(rig, ANSWERS[7:8])
-    assert again[0][0] == latest, "what was rated before the rollback is still left out"
-    rig.on(lambda: rig.loop.tenant().forget(""))
-    assert [len(one) for one in learned(rig, ANSWERS[:1])] == [0]
-
-
 def test_a_step_taken_back_leaves_no_trace(rigs) -> None:
     rig = rigs()
     teach(rig, ANSWERS[:2])

@@ -19,5 +19,5 @@ def probe() -> str | None:
 @hookimpl
 def kernels() -> list[Offer]:
     about = "whole steps over packed quantized weights on NVIDIA GPUs, in Triton"
-    # After PyTorch, which has 0, until it has run on a GPU: whoever wants it names it.
+    # After PyTorch, which has 0, until it has been tuned on a GPU: whoever wants it names it.
     return [Offer("cuda", "ruvllm_kernels_cuda.provider:CudaKernels", about, probe, priority=-10, devices=("cuda",))]

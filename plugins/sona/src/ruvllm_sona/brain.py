@@ -18,7 +18,6 @@ from ruvllm_sona.holding import Holding, resting
 from ruvllm_sona.micro import MicroLoRA
 from ruvllm_sona.micro_config import MicroLoRAConfig
 from ruvllm_sona.records import Example
-from ruvllm_sona.replay import Replay
 from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import Deltas, linear_sites
 from ruvllm_sona.versions import Versions
@@ -42,7 +41,6 @@ class Brain:
         covers: sequence of the last feedback in the log that the published version has learned from.
         backoff: smaller steps after rejections.
         number: the version in force; 0 is the base model.
-        replay: answers to learn from once more, none of feedback up to `replay_after`; None until they are looked up.
         holding: what it must not forget; None if `ewc` is 0.
         accepted: version of the preview that the gate has let pass last; empty is none.
         begun: another object whenever the preview begins anew.
@@ -62,8 +60,6 @@ class Brain:
         self.due: dict[int, float] = {}
         self.covers = next((int(one.metadata.get("covers", 0)) for one in self.versions.kept() if one.current), 0)
         self.backoff = Backoff()
-        self.replay: Replay | None = None
-        self.replay_after = 0
         self.life = object()
         self._changing = threading.Lock()  # of what is in force on the disk
         self._good: dict[str, FloatArray] | None = None
@@ -185,7 +181,6 @@ class Brain:
             deltas = self.versions.load(number)
             self.versions.rollback(number)
             self.life, self.number = object(), number
-            self.replay = None
             self.drop_held()
         self.pending.clear()
         self.hand, self._good = [], None
@@ -266,7 +261,6 @@ class Brain:
         preview, meta = self.micro.state()
         arrays |= {f"preview.{name}": values for name, values in preview.items()}
         numbers = {"number": self.number, "covers": self.covers, "learner": own is not None, "preview": meta}
-        numbers["replay_after"] = self.replay_after
         if self.holding is not None:
             numbers["since"] = self.holding.since
             if self.holding.preview is not None:
@@ -282,7 +276,6 @@ class Brain:
         """
         self.covers, waiting = int(meta["covers"]), {int(one): float(advantage) for one, advantage in meta["pending"]}
         self.backoff = Backoff(step=float(meta["step"]), rejected=int(meta["rejected"]))
-        self.replay_after = int(meta.get("replay_after", 0))
         if self.holding is not None:
             self.holding.since = int(meta.get("since", 0))
         if meta["number"] != self.number:

@@ -19,7 +19,6 @@ class SonaSettings(BaseModel):
         average: what is published is the mean of the adapters after so many last steps.
         leash: weight of the divergence from the base model in that step, on the answer.
         text_leash: the same on a text that nobody rated, another in every step (see `leash_texts`); 0 is none.
-        replay: with every verdict, learn once more from an earlier answer of the other kind (see `Replay`).
         ewc: λ of EWC++, how firmly what was learned is held once it has been consolidated (see `Holding`); 0 is off.
         consolidate_every: learned answers from one consolidation to the next.
         saturation: how soon an answer that has become likelier is left alone, per nat.
@@ -49,7 +48,6 @@ class SonaSettings(BaseModel):
     average: int = Field(40, ge=1)
     leash: float = Field(0.06, ge=0.0)
     text_leash: float = Field(0.18, ge=0.0)
-    replay: bool = False
     ewc: float = Field(1.0, ge=0.0, le=1e6, allow_inf_nan=False)
     consolidate_every: int = Field(200, ge=1)
     saturation: float = Field(0.1, ge=0.0)

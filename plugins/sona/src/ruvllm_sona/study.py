@@ -23,7 +23,6 @@ from ruvllm_sona.holding import ANSWERS, Holding
 from ruvllm_sona.leash_texts import leash_piece, leash_tokens
 from ruvllm_sona.patterns import SHARED
 from ruvllm_sona.records import Example
-from ruvllm_sona.replay import KEPT, Replay
 from ruvllm_sona.settings import SonaSettings
 from ruvllm_sona.sites import Deltas, linear_sites
 from ruvllm_sona.tenant import DEEP, DISTILL, Tenant
@@ -166,7 +165,7 @@ class Study:
         learner, covers, predicted, learned = brain.learner, brain.covers, 0.0, 0
         yield None
         holds = (yield from self._holds(tenant, brain)) if brain.holding is not None else ()
-        texts, replay = (yield from self._texts()), (yield from self._replay(tenant, brain))
+        texts = yield from self._texts()
         while brain.pending and learned < _AT_ONCE:
             example, advantage = brain.take()
             covers = max(covers, example.sequence)
@@ -177,10 +176,9 @@ class Study:
             yield None
             try:
                 learner.rate(self._settings.learning_rate * brain.backoff.step)
-                rated = [(self._shortened(example), advantage), *self._again(tenant, brain, replay, example)]
                 pieces = [leash_piece(texts, learner.steps)] if texts else []
-                answers, weights = zip(*rated, strict=True)
-                for _ in learner.step(network, answers, weights, holds=holds, texts=pieces):
+                answer = self._shortened(example)
+                for _ in learner.step(network, [answer], [advantage], holds=holds, texts=pieces):
                     yield None
             except (LearningError, RuntimeError, ValueError, IndexError) as error:  # an answer must not block the rest
                 revert()
@@ -194,8 +192,6 @@ class Study:
                 self._refused(tenant, brain, example, str(refusal))
                 continue
             learned, predicted = learned + 1, predicted + learner.predicted
-            if replay is not None:
-                replay.add(rated[0][0])
             yield None
         if not learned:
             brain.settle(covers)
@@ -272,28 +268,16 @@ class Study:
         version = str(brain.number)
         tenant.audit.append("consolidate", actor="background", before=version, after=version, note=note)
 
-    def _latest(self, tenant: Tenant, brain: Brain, count: int, after: int = 0) -> Work[deque[Example]]:
-        """The last answers that `brain` has learned from, of those rated after a sequence."""
+    def _latest(self, tenant: Tenant, brain: Brain, count: int) -> Work[deque[Example]]:
+        """The last answers that `brain` has learned from."""
         latest: deque[Example] = deque(maxlen=count)
         for number, one in enumerate(tenant.examples()):
-            learned = after < one.sequence <= brain.covers and one.sequence not in tenant.refused
+            learned = one.sequence <= brain.covers and one.sequence not in tenant.refused
             if learned and tenant.route(one.prompt_ids) is brain:
                 latest.append(self._shortened(one))
             if number % _READ == 0:
                 yield None
         return latest
-
-    def _replay(self, tenant: Tenant, brain: Brain) -> Work[Replay | None]:
-        if self._settings.replay and brain.replay is None:
-            brain.replay = Replay((yield from self._latest(tenant, brain, KEPT, brain.replay_after)))
-        return brain.replay
-
-    @staticmethod
-    def _again(tenant: Tenant, brain: Brain, replay: Replay | None, new: Example) -> list[tuple[Example, float]]:
-        """What is to be learned from once more with `new`, and how much better than expected it was."""
-        baseline = tenant.bank.patterns[tenant.pattern_of(brain)].baseline
-        found = replay.other(new, baseline) if replay is not None else None
-        return [(found, found.quality - baseline)] if found is not None else []
 
     def preview(self, tenant: Tenant) -> Work[None]:
         """Judge the previews in force as whatever is published is, and take back what does not pass."""

@@ -173,7 +173,7 @@ class Tenant:
         brain = self.brain(pattern)
         before = brain.number
         brain.rollback(number)
-        brain.covers = brain.replay_after = self.log.last
+        brain.covers = self.log.last
         self.log.append(Record("rollback", time.time(), version=number))
         self.save()
         self.audit.append("rollback", actor="user", before=str(before), after=str(number))
