@@ -38,10 +38,10 @@ class DeepConfig:
 
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
-            rank=8, learning_rate=3e-4, objective=ObjectiveConfig(leash=0.1, text_leash=0.3), average=40
+            rank=8, learning_rate=1e-3, objective=ObjectiveConfig(leash=0.045, text_leash=0.5), average=40
         )
     )
-    epochs: int = 5
+    epochs: int = 3
     batch: int = 4
     held_out: float = 0.15
     patience: int = 1

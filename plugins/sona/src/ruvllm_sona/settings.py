@@ -58,7 +58,7 @@ class SonaSettings(BaseModel):
     max_patterns: int = Field(8, ge=1)
     specialise: Literal["contradiction", "always", "never"] = "contradiction"
     abstain_below: float | None = Field(None, ge=-1.0, le=1.0)
-    max_loss: float = Field(0.01, ge=0.0)
+    max_loss: float = Field(0.02, ge=0.0)
     max_kl: float = Field(0.2, ge=0.0)
     anchors: Path | None = None
     feedback_per_minute: float = Field(60.0, gt=0.0)
