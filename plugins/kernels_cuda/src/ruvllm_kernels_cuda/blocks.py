@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ruvllm_kernels_cuda import packing
+from ruvllm_kernels_cuda.gated import opened
 
 CODES = tl.constexpr(packing.CODES)
 HALF = tl.constexpr(packing.HALF)
@@ -193,11 +194,24 @@ def weights_tile(
 
 
 @triton.jit
+def _gated_rows(total, n, KIND: tl.constexpr):
+    """Of rows ``[L, R, M]`` that are gates and their values in turns ``[L, R/2, M]``, and the gates' indices."""
+    LANES: tl.constexpr = total.shape[0]
+    PAIRS: tl.constexpr = total.shape[1] // 2
+    pairs = total.reshape(LANES, PAIRS, 2, total.shape[2])
+    which = tl.arange(0, 2)[None, None, :, None]
+    gate = tl.sum(tl.where(which == 0, pairs, 0.0), axis=2)
+    value = tl.sum(tl.where(which == 1, pairs, 0.0), axis=2)
+    return opened(gate, value, KIND), tl.min(n.reshape(LANES, PAIRS, 2, 1), axis=2)
+
+
+@triton.jit
 def store_rows(
     total,
     m,
     n,
-    keep,
+    rows,
+    count,
     bias,
     residual,
     out,
@@ -205,10 +219,15 @@ def store_rows(
     out_stride,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """Write ``total + bias[n] + residual[m, n]`` to ``out[m, n]``; m and n are indices that broadcast to `total`."""
+    keep = (m < count) & (n < rows)
     if BIAS:
         total += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
+    if GATE >= 0:
+        total, n = _gated_rows(total, n, GATE)
+        keep = (m < count) & (n < rows // 2)
     if RESIDUAL:
         total += tl.load(residual + m * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
     tl.store(out + m * out_stride + n, total.to(out.dtype.element_ty), mask=keep)
@@ -234,6 +253,7 @@ def finish(
     SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """End of a product whose columns were cut into `pieces`.
 
@@ -244,11 +264,12 @@ def finish(
         m, n: indices of activations and of rows of the matrix.
         tile, piece: which counter, which piece.
         SPLIT: whether there are several.
-        rows, count: how many activations and rows there are.
+        rows, count: how many rows and activations there are.
+        GATE: which activation the first half of the rows gates the second with, see `_gated_rows`; -1 is none.
     """
     keep = (m < count) & (n < rows)
     if not SPLIT:
-        store_rows(total, m, n, keep, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL)
+        store_rows(total, m, n, rows, count, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL, GATE)
     else:
         at = partial + m * rows + n
         tl.store(at + piece * (count * rows), total, mask=keep)
@@ -259,5 +280,7 @@ def finish(
             for i in range(pieces):
                 # Past the first-level cache, which does not know what other programs wrote.
                 summed += tl.load(at + i * (count * rows), mask=keep, other=0.0, cache_modifier=".cg")
-            store_rows(summed, m, n, keep, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL)
+            store_rows(
+                summed, m, n, rows, count, bias, residual, out, residual_stride, out_stride, BIAS, RESIDUAL, GATE
+            )
             tl.store(arrived + tile, 0)

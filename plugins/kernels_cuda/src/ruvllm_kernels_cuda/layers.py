@@ -2,8 +2,8 @@
 
 A step of a few tokens is, per layer: the first norm inside the product for queries, keys and values; their rotation
 and writing; attention and its sum over splits; the output product, which adds to the residual stream; the second norm
-inside the product for gates; the gate; the last product, which adds again. That is 8 launches, 10 with more tokens than
-a norm is fused for. Where cuBLAS multiplies, sums are left to the norm that follows.
+inside the product for gates, which are applied there, too; the last product, which adds again. That is 7 launches, 10
+with more tokens than norms and gates are fused for. Where cuBLAS multiplies, sums are left to the norm that follows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ruvllm_kernels_cuda.gated import gated
 from ruvllm_kernels_cuda.inputs import StepInputs
 from ruvllm_kernels_cuda.kv_move import move
 from ruvllm_kernels_cuda.kv_write import rotate_and_write
+from ruvllm_kernels_cuda.launch import LATE
 from ruvllm_kernels_cuda.matmul import Thresholds, matmul
 from ruvllm_kernels_cuda.norm import add_rms_norm, rms_norm
 from ruvllm_kernels_cuda.packing import PackedMatrix
@@ -40,11 +41,14 @@ class Plan:
 
     Attributes:
         thresholds: which kernel computes which product.
-        fuse_norms: compute norms inside products where these can.
+        fuse_norms, fuse_gates: compute norms and gates inside products where these can.
+        overlap: of a step's launches, a mode of `launch.py`.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
     fuse_norms: bool = True
+    fuse_gates: bool = True
+    overlap: int = LATE
 
 
 @dataclass(eq=False)
@@ -100,9 +104,14 @@ class Layers:
             qkv = self._from_stream(stream, layer.qkv, layer.attn_norm, inner, deltas, n, "qkv", biased=False)
             attended = attention(n, layer, qkv)
             self._to_stream(stream, attended, layer.o, deltas, n, "o")
-            both = self._from_stream(stream, layer.gate_up, layer.mlp_norm, inner, deltas, n, "gate_up")
-            width = torch.empty(count, spec.intermediate_size, dtype=torch.bfloat16, device=device)
-            self._to_stream(stream, gated(both, spec.activation, width), layer.down, deltas, n, "down")
+            if self.plan.fuse_gates and deltas is None:
+                width = self._from_stream(
+                    stream, layer.gate_up, layer.mlp_norm, torch.bfloat16, None, n, "gate_up", gate=spec.activation
+                )
+            else:
+                both = self._from_stream(stream, layer.gate_up, layer.mlp_norm, inner, deltas, n, "gate_up")
+                width = gated(both, spec.activation)
+            self._to_stream(stream, width, layer.down, deltas, n, "down")
         residual, pending = stream.residual, stream.pending
         if step.rows is not None:
             residual = residual.index_select(0, step.rows)
@@ -123,11 +132,11 @@ class Layers:
 
     def _from_stream(
         self, stream: _Stream, product: Product, norm: Tensor, dtype: torch.dtype,
-        deltas: Deltas | None, n: int, site: str, biased: bool = True,
+        deltas: Deltas | None, n: int, site: str, biased: bool = True, gate: str | None = None,
     ) -> Tensor:  # fmt: skip
-        """A product with the norm of the stream."""
+        """A product with the norm of the stream; gated, if there are no deltas, which come before gates."""
         eps, limits = self.spec.norm_eps, self.plan.thresholds
-        how = {"dtype": dtype, "bias": product.bias if biased else None, "thresholds": limits}
+        how = {"dtype": dtype, "bias": product.bias if biased else None, "gate": gate, "thresholds": limits}
         fused = self.plan.fuse_norms and deltas is None and stream.pending is None
         if fused and _rows_of_vector(product.matrix, limits) >= len(stream.residual):
             return matmul(stream.residual, product.matrix, self._scratch, norm=norm, eps=eps, **how)  # type: ignore[arg-type]

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ruvllm_kernels_cuda.launch import begin, launch_options
+
 #: Inputs of a program of the first kernel, outputs of one of the second, and warps; the first is used.
 TUNINGS = ((512, 128, 4), (256, 64, 2), (1024, 256, 4))
 
@@ -54,7 +56,8 @@ def low_rank_pool(
 
 
 @triton.jit
-def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.constexpr):
+def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     row = tl.program_id(1)
     adapter = tl.load(adapters + row).to(tl.int64)
     if adapter < 0:
@@ -72,8 +75,9 @@ def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def _expand(
     y, b, scale, parts, adapters, width, y_stride,
-    PARTS: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(1)
     adapter = tl.load(adapters + row).to(tl.int64)
     if adapter < 0:
@@ -117,9 +121,10 @@ def add_low_rank(
     wide_in, wide_out, warps = tuning
     parts = lora_workspace(tokens, pool, tuning) if workspace is None else workspace
     count = triton.cdiv(inputs, wide_in)
-    _shrink[(count, tokens)](x, pool.a, parts, adapters, inputs, x.stride(0), R=rank, BLOCK=wide_in, num_warps=warps)
+    how = {"num_warps": warps, **launch_options(y.device)}
+    _shrink[(count, tokens)](x, pool.a, parts, adapters, inputs, x.stride(0), R=rank, BLOCK=wide_in, **how)
     _expand[(triton.cdiv(outputs, wide_out), tokens)](
         y, pool.b, pool.scale, parts, adapters, outputs, y.stride(0),
-        PARTS=count, PP=triton.next_power_of_2(count), R=rank, BLOCK=wide_out, num_warps=warps,
+        PARTS=count, PP=triton.next_power_of_2(count), R=rank, BLOCK=wide_out, **how,
     )  # fmt: skip
     return y

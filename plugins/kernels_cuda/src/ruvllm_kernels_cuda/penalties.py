@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ruvllm_kernels_cuda.launch import begin, launch_options
+
 CHUNK = 2048  # tokens of a program
 
 
@@ -35,7 +37,10 @@ class Penalties:
 
 
 @triton.jit
-def _penalize(logits, repetition, frequency, presence, counts, seen, slots, width, BLOCK: tl.constexpr):
+def _penalize(
+    logits, repetition, frequency, presence, counts, seen, slots, width, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -56,7 +61,8 @@ def _penalize(logits, repetition, frequency, presence, counts, seen, slots, widt
 
 
 @triton.jit
-def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr):
+def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     token = tl.load(ids + row * count + n, mask=n < count, other=-1)
@@ -66,7 +72,8 @@ def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count(tokens, counts, seen, slots, width):
+def _count(tokens, counts, seen, slots, width, PDL: tl.constexpr):
+    begin(PDL)
     row = tl.program_id(0)
     token = tl.load(tokens + row)
     place = tl.load(slots + row).to(tl.int64) * width + token
@@ -78,16 +85,18 @@ def _count(tokens, counts, seen, slots, width):
 def penalize(logits: Tensor, penalties: Penalties) -> None:
     """Apply penalties, then bias, to float32 logits ``[R, V]`` in place."""
     rows, width = logits.shape
-    p = penalties
+    p, how = penalties, launch_options(logits.device)
     _penalize[(triton.cdiv(width, CHUNK), rows)](
-        logits, p.repetition, p.frequency, p.presence, p.counts, p.seen.view(torch.int8), p.slots, width, BLOCK=CHUNK
-    )
+        logits, p.repetition, p.frequency, p.presence, p.counts, p.seen.view(torch.int8), p.slots, width,
+        BLOCK=CHUNK, **how,
+    )  # fmt: skip
     if count := p.bias_ids.shape[1]:
         block = triton.next_power_of_2(count)
-        _add_bias[(rows,)](logits, p.bias_ids, p.bias, width, count, BLOCK=block, num_warps=1)
+        _add_bias[(rows,)](logits, p.bias_ids, p.bias, width, count, BLOCK=block, num_warps=1, **how)
 
 
 def count_tokens(tokens: Tensor, penalties: Penalties) -> None:
     """Let the penalties know of drawn tokens, int64 ``[R]``; -1 is none."""
     counts, seen = penalties.counts, penalties.seen.view(torch.int8)
-    _count[(tokens.shape[0],)](tokens, counts, seen, penalties.slots, counts.shape[1], num_warps=1)
+    how = launch_options(counts.device)
+    _count[(tokens.shape[0],)](tokens, counts, seen, penalties.slots, counts.shape[1], num_warps=1, **how)

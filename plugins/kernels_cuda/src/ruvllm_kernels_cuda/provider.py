@@ -60,10 +60,12 @@ class CudaKernels:
         import torch
 
         from ruvllm_kernels_cuda.decoder import CudaDecoder
+        from ruvllm_kernels_cuda.launch import LATE, OFF
         from ruvllm_kernels_cuda.layers import Plan
         from ruvllm_kernels_cuda.matmul import Thresholds
         from ruvllm_kernels_cuda.scratch import Scratch
 
         scratch = Scratch.on(self.device, dense=self.settings.scratch_mib << 19)
-        plan = Plan(Thresholds(tiles=self.settings.tile_rows))
+        overlap = LATE if self.settings.overlap_launches else OFF
+        plan = Plan(Thresholds(tiles=self.settings.tile_rows), overlap=overlap)
         return CudaDecoder(spec, weights, options, torch.device(self.device), scratch=scratch, plan=plan)
