@@ -83,7 +83,7 @@ def gemv(
     """
     count, rows = x.shape[0], part.rows
     m = triton.next_power_of_2(count)
-    flags = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
+    flags: dict[str, int] = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     flags |= {"GATE": -1 if gate is None else KINDS[gate], **launch_options(x.device)}
     flags["PREFETCH"] = 0 if flags["PDL"] == OFF else config.prefetch
     bias, norm = x if bias is None else bias, x if norm is None else norm

@@ -22,7 +22,7 @@ from ruvllm_kernels_cuda.gated import gated
 from ruvllm_kernels_cuda.inputs import StepInputs
 from ruvllm_kernels_cuda.kv_move import move
 from ruvllm_kernels_cuda.kv_write import rotate_and_write
-from ruvllm_kernels_cuda.launch import LATE
+from ruvllm_kernels_cuda.launch import OFF
 from ruvllm_kernels_cuda.matmul import Thresholds, matmul
 from ruvllm_kernels_cuda.norm import add_rms_norm, rms_norm
 from ruvllm_kernels_cuda.packing import PackedMatrix
@@ -48,7 +48,7 @@ class Plan:
     thresholds: Thresholds = field(default_factory=Thresholds)
     fuse_norms: bool = True
     fuse_gates: bool = True
-    overlap: int = LATE
+    overlap: int = OFF
 
 
 @dataclass(eq=False)
