@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_kernels_cuda.gemv import Config, gemv
-from ruvllm_kernels_cuda.launch import EARLY, LATE, OFF, begin, can_overlap, launch_options, overlapping
+from ruvllm_kernels_cuda.launch import EARLY, LATE, OFF, await_previous, can_overlap, launch_options, overlapping
 from ruvllm_kernels_cuda.packing import pack
 from ruvllm_kernels_cuda.scratch import Scratch
 
@@ -31,7 +31,7 @@ def _double(x, out, PDL: tl.constexpr, WAITS: tl.constexpr, BEFORE: tl.constexpr
     if BEFORE:
         tl.store(out + 1, 0.0)
     if WAITS or tl.program_id(0) == 0:
-        begin(PDL)
+        await_previous(PDL)
     tl.store(out, 2 * tl.load(x))
 
 
