@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux on x86-64")
 
+from ruvllm_core.decode import reference
 from ruvllm_core.errors import ConfigError
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
 from ruvllm_kernels_cuda.gemm import TileConfig, gemm, tile_config_for
@@ -195,3 +196,34 @@ def test_rules_fill_the_processors_and_stay_in_bounds(rows: int, scheme: str) ->
         tiles = tile_config_for(part, count, 132)
         assert tiles.tokens >= min(count, 128)
         assert 1 <= tiles.split <= part.records
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize(
+    ("schemes", "count", "config"),
+    [
+        (("q4_k",), 1, Config(4, 2, 2)),
+        (("q6_k",), 2, Config(2, 2, 1)),
+        (("q8_0",), 1, Config(2, 1, 3)),
+        (("bf16",), 3, Config(8, 2, 1)),
+        (("q4_k",), 1, Config(1, 2, 1)),  # a row a lane: gates and their values are apart
+        (("q4_k", "q6_k"), 1, Config(2, 2, 1)),  # as they are in two parts
+        (("q4_k",), 7, Config(2, 2, 1)),
+    ],
+)
+def test_gates(
+    schemes: tuple[str, ...], count: int, config: Config, activation: str, random_tensor: Make, device: str,
+    scratch: Scratch,
+) -> None:  # fmt: skip
+    """Applied by the launch that multiplies where it has both halves, after it otherwise; 45 of them fill no tile."""
+    case = Case([random_tensor(scheme, 90 // len(schemes), 512, n) for n, scheme in enumerate(schemes)], count, device)
+    case.norm *= 0.02  # so that gates are neither open nor shut
+    fused = ("norm", "bias")
+    both = torch.from_numpy(case.expected(fused))
+    expected = reference.gated(both, activation).numpy()
+    limits = Thresholds(configure=lambda *_: config)
+    found = matmul(case.x, case.packed, scratch, gate=activation, thresholds=limits, **case.fused(fused))
+    assert found.shape == (count, 45)
+    assert off(found, expected) < (2 * ROUNDED if count > 4 else 1e-4)
+    with pytest.raises(ConfigError, match="no residual"):
+        matmul(case.x, case.packed, scratch, gate=activation, residual=found)

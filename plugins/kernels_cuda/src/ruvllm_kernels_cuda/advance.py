@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.inputs import StepInputs
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def _advance(
     sampled, tokens, positions, slots, lengths, starts, table, counter, uniforms, uniform, log, sequences, width, steps,
     S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    await_previous(PDL)
     b = tl.arange(0, BLOCK)
     inside = b < sequences
     step = tl.load(counter)

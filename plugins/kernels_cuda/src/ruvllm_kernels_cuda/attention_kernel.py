@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_tiles import coded_tiles, float_tiles
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.rotary import pair_indices
 from ruvllm_kernels_cuda.segments import CodedKV, DeviceSegment, FloatKV, KeyBias, sort_segments
 
@@ -94,7 +94,7 @@ def _attend(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PARTS: tl.constexpr,
     OLDER_KIND: tl.constexpr, KIND: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    await_previous(PDL)
     head = tl.program_id(1)
     sequence = tl.program_id(2)
     # The last rows see most: they are begun first.

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_kernel import Attention, Tuning, launch
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.segments import CodedKV, DeviceSegment
 
 #: Keys of a tile, warps and stages that a benchmark tries; the first is used. Rows follow from the group.
@@ -33,7 +33,7 @@ def _combine(
     parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Parts ``[lines, splits, D]`` and logarithms of their sums, base 2, to ``[lines, D]``. One program a line."""
-    enter(PDL)
+    await_previous(PDL)
     line = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
     s = tl.arange(0, SPLITS)

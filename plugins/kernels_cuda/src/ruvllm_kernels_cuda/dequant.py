@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ruvllm_core.errors import ConfigError
 from ruvllm_kernels_cuda.blocks import ONE, weights_tile
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.packing import PackedPart
 
 _ROWS = 16  # of a program: 32 values a thread, which leaves room for many programs
@@ -30,7 +30,7 @@ def _dequant_kernel(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    enter(PDL)
+    await_previous(PDL)
     record = tl.program_id(1)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = i < count

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.blocks import ONE, weights_tile
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.packing import PackedMatrix
 
 _TOKENS = 4  # of a program
@@ -43,7 +43,7 @@ def _embed_blocks(
     TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    enter(PDL)
+    await_previous(PDL)
     i, n, here, nowhere = _wanted(tokens, count, first, rows, total, TOKENS)
     record = tl.program_id(1)
     values = weights_tile(data, factors, record, 0, n, here, rows, one, SCALES, BITS, CHUNKS, GROUPS=8, TYPE=tl.float32)
@@ -58,7 +58,7 @@ def _embed_floats(
     tokens, data, out, count, first, rows, total, columns,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    await_previous(PDL)
     i, n, here, nowhere = _wanted(tokens, count, first, rows, total, TOKENS)
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     fits = (k < columns)[None, :]

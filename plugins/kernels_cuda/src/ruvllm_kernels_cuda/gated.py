@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 
 #: Values of a program that a benchmark tries, and its warps; the first is used.
 TUNINGS = ((512, 4), (256, 2), (1024, 4), (2048, 8))
@@ -33,7 +33,7 @@ def opened(gate, up, KIND: tl.constexpr):
 
 @triton.jit
 def _gated(gate_up, out, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.blocks import ONE, finish, weights_tile
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.packing import RECORD, PackedPart
 from ruvllm_kernels_cuda.scratch import Scratch
 
@@ -89,7 +89,7 @@ def _tile_kernel(
     FACTOR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    enter(PDL)
+    await_previous(PDL)
     # Tiles that share weights are neighbours in the order of launching, so that the weights come from memory once.
     tile_m, tile_n, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * ROWS + tl.arange(0, ROWS)

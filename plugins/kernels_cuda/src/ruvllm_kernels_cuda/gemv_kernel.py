@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ruvllm_kernels_cuda.blocks import BYTE, CODES, PAIR, byte_at, finish, half_at, mantissa
-from ruvllm_kernels_cuda.launch import enter, prefetch, prefetch_vector
+from ruvllm_kernels_cuda.launch import await_previous, prefetch, prefetch_vector
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def blocks_kernel(
         _prefetch_records(data, piece * per, stop, tile, rows, CHUNKS, REPEAT, WARPS, PREFETCH, GATE)
         if NORM:
             prefetch_vector(norm, columns, tile * pieces + piece, 32 * WARPS)
-    enter(PDL)
+    await_previous(PDL)
     m = tl.arange(0, M)
     # Tiles are [32 lanes, WARPS, REPEAT, M, 4 words]. In this order the compiler gives lanes and warps the first two
     # axes and a thread the rest; all tiles have all axes from the start, so that none has to change its layout.
@@ -322,7 +322,7 @@ def float_kernel(
         _prefetch_floats(data, tl.program_id(0), rows, columns, REPEAT, WARPS, PREFETCH, GATE)
         if NORM:
             prefetch_vector(norm, columns, tl.program_id(0), 32 * WARPS)
-    enter(PDL)
+    await_previous(PDL)
     m = tl.arange(0, M)
     n = _row(tl.program_id(0), tl.arange(0, REPEAT), 0, rows, REPEAT, 1, GATE)
     # Tiles are [REPEAT, M, WIDTH] from the start, as above.

@@ -16,7 +16,7 @@ from ruvllm_core.decode.coded import rotation
 from ruvllm_core.decode.kv import store_group
 from ruvllm_core.errors import ConfigError
 from ruvllm_kernels_cuda.attention_tiles import dot, hadamard
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.segments import CodedKV, FloatKV, KeyBias, pair_members
 
 TILE = 32  # tokens of a block that are floats at a time
@@ -165,7 +165,7 @@ def _code_blocks(
     BITS: tl.constexpr, CENTERED: tl.constexpr, ROPE_HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    await_previous(PDL)
     HALF: tl.constexpr = D // 2
     norm: tl.constexpr = (D & -D) ** -0.5
     first = tl.program_id(0) * S

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import enter, launch_options, prefetch_vector
+from ruvllm_kernels_cuda.launch import await_previous, launch_options, prefetch_vector
 from ruvllm_kernels_cuda.rotary import RotaryTables, pair_indices, rotated
 from ruvllm_kernels_cuda.segments import FloatKV
 
@@ -38,7 +38,7 @@ def _rotate_and_write(
     if BIASED and PDL > 0:
         program = token * tl.num_programs(0) + tl.program_id(0)
         prefetch_vector(bias, (HEADS + 2 * KV_HEADS) * D, program, 64)
-    enter(PDL)
+    await_previous(PDL)
     head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.arange(0, HP)
     first, second = pair_indices(h, ROPE_HALF, D, INTERLEAVED)

@@ -1,11 +1,11 @@
 """Launches that overlap: programmatic dependent launch (CUDA programming guide, the section of that name).
 
 A kernel that is launched so may begin before the one ahead of it has ended: its programs take their places, and ask for
-weights, while the last ones of the other still compute. `enter` is where they wait for it.
+weights, while the last ones of the other still compute. `await_previous` is where they wait for it.
 
 What makes that right: the wait ends when all of the preceding kernel has completed and what it wrote can be seen. That
 one waited too, so all before it has completed as well. This holds only as long as every program of every kernel that is
-launched with `launch_options` executes `enter` before it reads what any kernel writes, before it writes anything, and
+launched with `launch_options` executes `await_previous` before it reads what any kernel writes, before it writes anything, and
 before it returns: a kernel that does not wait lets the next one run ahead of all kernels before. What PyTorch launches
 waits for everything ahead of it. Weights, norm weights and biases are written by none of the kernels, so they may be
 asked for (`prefetch`) before the wait; factors of adapters may not, they change between steps.
@@ -59,7 +59,7 @@ def can_overlap(device: torch.device) -> bool:
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """What every launch of a kernel on `device` is given: `PDL` for `enter`, and the option of the launch itself."""
+    """What every launch of a kernel on `device` is given: `PDL` for `await_previous`, and the option of the launch itself."""
     mode = _mode.get()
     if mode == OFF or not can_overlap(device):
         return {"PDL": OFF}
@@ -67,8 +67,8 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 
 @triton.jit
-def enter(PDL: tl.constexpr):
-    """Wait for the kernels ahead, and let the next one begin: what a kernel does first, but for `prefetch`."""
+def await_previous(PDL: tl.constexpr):
+    """Wait for the kernels ahead, and let the next one begin. The first thing that a kernel does, but for `prefetch`."""
     if PDL == 2:
         gdc_launch_dependents()
     if PDL > 0:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 
 #: Inputs of a program of the first kernel, outputs of one of the second, and warps; the first is used.
 TUNINGS = ((512, 128, 4), (256, 64, 2), (1024, 256, 4))
@@ -57,7 +57,7 @@ def low_rank_pool(
 
 @triton.jit
 def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(1)
     adapter = tl.load(adapters + row).to(tl.int64)
     if adapter < 0:
@@ -77,7 +77,7 @@ def _expand(
     y, b, scale, parts, adapters, width, y_stride,
     PARTS: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(1)
     adapter = tl.load(adapters + row).to(tl.int64)
     if adapter < 0:

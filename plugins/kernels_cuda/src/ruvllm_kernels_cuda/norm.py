@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import enter, launch_options, prefetch_vector
+from ruvllm_kernels_cuda.launch import await_previous, launch_options, prefetch_vector
 
 #: Values of a row that a thread has; a benchmark tries them.
 PER_THREAD = (16, 8, 32)
@@ -24,7 +24,7 @@ def _norm(
 ):  # fmt: skip
     if PDL > 0:
         prefetch_vector(weight, WIDTH, tl.program_id(0), 256)
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH

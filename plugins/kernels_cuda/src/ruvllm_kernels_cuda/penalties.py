@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 
 CHUNK = 2048  # tokens of a program
 
@@ -40,7 +40,7 @@ class Penalties:
 def _penalize(
     logits, repetition, frequency, presence, counts, seen, slots, width, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -62,7 +62,7 @@ def _penalize(
 
 @triton.jit
 def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     token = tl.load(ids + row * count + n, mask=n < count, other=-1)
@@ -73,7 +73,7 @@ def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr, PDL: tl.cons
 
 @triton.jit
 def _count(tokens, counts, seen, slots, width, PDL: tl.constexpr):
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(0)
     token = tl.load(tokens + row)
     place = tl.load(slots + row).to(tl.int64) * width + token

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_tiles import INTERPRETED
-from ruvllm_kernels_cuda.launch import enter, launch_options
+from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.penalties import Penalties, count_tokens, penalize
 
 CHUNK = 2048
@@ -55,7 +55,7 @@ def _order(x):
 @triton.jit
 def _maxima(logits, maxima, places, width, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """The largest logit of each chunk and the first token that has it; infinity if any is not a number."""
-    enter(PDL)
+    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     n = tl.arange(0, CHUNK)
     column = chunk * CHUNK + n
@@ -79,7 +79,7 @@ def _weigh(
     CHUNK: tl.constexpr, CP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weights at the row's temperature, the sum of them, and the sum at temperature 1, float64, of each chunk."""
-    enter(PDL)
+    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     chunks = tl.num_programs(0)
     top = _top_of(maxima, row, chunks, CP)
@@ -128,7 +128,7 @@ def _search(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass: what the last one found becomes the base, and sums above 64 thresholds from there on are made."""
-    enter(PDL)
+    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     chunks = (width + CHUNK - 1) // CHUNK
     goal, active = _goal(row, limits, shares, totals, chunks, CP, BY_COUNT, width)
@@ -163,7 +163,7 @@ def _tally(
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of each chunk: mass above the threshold, what min-p keeps of it, its tokens, and the tokens at the threshold."""
-    enter(PDL)
+    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < width
@@ -193,7 +193,7 @@ def _total_of_top(
     limits, above, counts, ties, tie_weights, masses, totals, chunks, CP: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """The mass of the k likeliest instead of that of all, where k is set: what top-p is a share of."""
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(0)
     c = tl.arange(0, CP)
     at = row * chunks + c
@@ -214,7 +214,7 @@ def _draw(
     CHUNK: tl.constexpr, CP: tl.constexpr, SAMPLED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The token of a row: the likeliest if greedy, otherwise the first, in the order of ids, to reach the uniform."""
-    enter(PDL)
+    await_previous(PDL)
     row = tl.program_id(0)
     chunks = (width + CHUNK - 1) // CHUNK
     c = tl.arange(0, CP)
