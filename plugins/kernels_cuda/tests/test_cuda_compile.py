@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux on x86-64")
 
-from ruvllm_kernels_cuda.launch import EARLY, LATE, OFF
+from ruvllm_kernels_cuda.launch import EARLY, LATE
 
 
 def compiled(program: str, capability: int, folder: Path, *arguments: object) -> dict[str, dict[str, int]]:
@@ -44,10 +44,10 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     assert len(found) == 21
 
 
-@pytest.mark.parametrize(("capability", "mode"), [(80, LATE), (90, OFF), (90, LATE), (90, EARLY)])
+@pytest.mark.parametrize(("capability", "mode"), [(80, LATE), (90, LATE), (90, EARLY)])
 def test_all_kernels_of_a_step_wait_for_the_one_ahead(capability: int, mode: int, tmp_path: Path) -> None:
     """Of steps of a whole model, whatever they launch: with adapters and without, greedy and with all filters."""
-    overlap = capability >= 90 and mode != OFF
+    overlap = capability >= 90
     found = compiled("compile_step.py", capability, tmp_path, mode)
     for name, seen in found.items():
         check_order(name, seen, overlap)

@@ -27,7 +27,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 
 
 @triton.jit
-def _double(x, out, PDL: tl.constexpr, WAITS: tl.constexpr, BEFORE: tl.constexpr):
+def _double(x, out, PDL: tl.constexpr, WAITS: tl.constexpr, BEFORE: tl.constexpr):  # noqa: N803
     if BEFORE:
         tl.store(out + 1, 0.0)
     if WAITS or tl.program_id(0) == 0:

@@ -1,4 +1,4 @@
-"""What a kernel does in Triton's interpreter, program by program: whether it waits, and for what it asks before that."""
+"""What a kernel does in Triton's interpreter, program by program: whether it waits, and what it asks for before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from triton.runtime import interpreter
 from ruvllm_kernels_cuda import launch
 
 _ACCESSES = (
-    "create_load", "create_store", "create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas",
+    "create_load", "create_store", "create_masked_load", "create_masked_store",
+    "create_atomic_rmw", "create_atomic_cas",
 )  # fmt: skip
 
 

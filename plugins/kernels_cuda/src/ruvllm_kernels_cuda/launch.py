@@ -5,10 +5,10 @@ weights, while the last ones of the other still compute. `await_previous` is whe
 
 What makes that right: the wait ends when all of the preceding kernel has completed and what it wrote can be seen. That
 one waited too, so all before it has completed as well. This holds only as long as every program of every kernel that is
-launched with `launch_options` executes `await_previous` before it reads what any kernel writes, before it writes anything, and
-before it returns: a kernel that does not wait lets the next one run ahead of all kernels before. What PyTorch launches
-waits for everything ahead of it. Weights, norm weights and biases are written by none of the kernels, so they may be
-asked for (`prefetch`) before the wait; factors of adapters may not, they change between steps.
+launched with `launch_options` executes `await_previous` before it reads what any kernel writes, before it writes
+anything, and before it returns: a kernel that does not wait lets the next one run ahead of all kernels before. What
+PyTorch launches waits for everything ahead of it. Weights, norm weights and biases are written by none of the kernels,
+so they may be asked for (`prefetch`) before the wait; factors of adapters may not, they change between steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ try:
 except ImportError:  # Triton before 3.4
     gdc_launch_dependents = gdc_wait = None
 
-#: One kernel after the other; the next may begin when the wait of this one is over; it may begin when this one does.
+#: Kernels one after the other; the next may begin when this one's wait is over; or as soon as this one has begun.
 OFF, LATE, EARLY = 0, 1, 2
 _LEAST = (9, 0)  # compute capability
 
@@ -59,7 +59,7 @@ def can_overlap(device: torch.device) -> bool:
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """What every launch of a kernel on `device` is given: `PDL` for `await_previous`, and the option of the launch itself."""
+    """What every launch of a kernel on `device` is given: `PDL` for `await_previous`, and the launch's own option."""
     mode = _mode.get()
     if mode == OFF or not can_overlap(device):
         return {"PDL": OFF}
@@ -68,7 +68,7 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 @triton.jit
 def await_previous(PDL: tl.constexpr):
-    """Wait for the kernels ahead, and let the next one begin. The first thing that a kernel does, but for `prefetch`."""
+    """Wait for the kernels ahead, and let the next one begin: what a kernel does first, but for `prefetch`."""
     if PDL == 2:
         gdc_launch_dependents()
     if PDL > 0:
