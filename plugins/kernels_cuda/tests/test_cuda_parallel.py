@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ruvllm_core.errors import ConfigError, ModelError
 from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.model.spec import llama_tensor_names
-from ruvllm_core.protocols import Adapter, LowRank
+from ruvllm_core.protocols import Adapter, DecoderOptions, LowRank
 from ruvllm_core.testing import tiny
+from ruvllm_kernels_cuda.lockstep import join
+from ruvllm_kernels_cuda.provider import CudaKernels
+from ruvllm_kernels_cuda.settings import CudaSettings
 from ruvllm_kernels_cuda.shard import Shard, ShardedWeights, Split
 
 PROGRAM = Path(__file__).with_name("parallel_rank.py")
@@ -32,7 +36,10 @@ EAGER["mixed and tied"] = replace(WIDE, tied_embeddings=True), ("q4_k", "q6_k", 
 MORE = {"odd": (ODD, ("q6_k", "q4_k")), "biases": EAGER["biases"], "windows": EAGER["window in one layer"]}
 FUSED = {
     "biases": (replace(tiny.FLAVOURS["biases"], num_layers=1), ("bf16",)),
-    "tied inside a block": (replace(WIDE, tied_embeddings=True, num_layers=1), ("q4_k",)),
+    "tied inside a block": (
+        replace(WIDE, hidden_size=64, intermediate_size=512, tied_embeddings=True, num_layers=1),
+        ("bf16", "bf16", "bf16", "bf16", "q4_k", "bf16", "bf16", "q4_k"),  # embed; q, k, v, o; gate, up, down
+    ),
 }
 Results = dict[str, dict[str, Any]]
 
@@ -52,15 +59,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Result
     """Runs jobs on a number of ranks, once for all tests: each rank's arrays by job and name."""
     done: dict[Any, list[Results]] = {}
 
-    def run(world: int, models: dict[str, Any], fused: bool = False) -> list[Results]:
-        key = world, tuple(models), fused
+    def run(world: int, models: dict[str, Any], how: str = "eager") -> list[Results]:
+        key = world, tuple(models), how
         if key in done:
             return done[key]
         folder = tmp_path_factory.mktemp("ranks")
-        jobs = [(name, *model, fused) for name, model in models.items()]
+        jobs = [(name, *model, how) for name, model in models.items()]
         (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        if fused:
+        if how == "fused":
             environment["TRITON_INTERPRET"] = "1"
         started = [
             subprocess.Popen(
@@ -94,7 +101,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Result
 def test_the_eager_decoder_on_several_ranks(alone: Any, ranks: Any, world: int, model: str) -> None:
     """Logits of ragged batches, with adapters, and the tokens of a sampled answer: those of one process."""
     models = EAGER if world == 2 else MORE
-    expected = alone.run(alone.Job(model, *models[model]), None)
+    expected = alone.run(alone.Job(model, *models[model], "eager"), None)
     first, *others = (rank[model] for rank in ranks(world, models))
     for name in tiny.TEXTS:
         tiny.assert_close(first[name], expected[name], 2e-5, name)
@@ -105,19 +112,37 @@ def test_the_eager_decoder_on_several_ranks(alone: Any, ranks: Any, world: int, 
             np.testing.assert_array_equal(other[name], values, name)  # so that no rank draws another token
 
 
+def test_one_rank_leads(alone: Any, ranks: Any) -> None:
+    """The others make its calls, forget its caches, and outlive errors, until it closes."""
+    leader, *followers = (rank["odd"] for rank in ranks(3, {"odd": MORE["odd"]}, "led"))
+    expected = alone.run(alone.Job("odd", *MORE["odd"], "led"), None)
+    for name in tiny.TEXTS:  # a key that is coded as its neighbour makes far more of a difference than its rounding
+        tiny.assert_close(leader[name], expected[name], 1e-2, name)
+    assert leader["answer"].tolist() == expected["answer"].tolist()
+    full, wrong = leader["errors"].tolist()
+    assert full.startswith("OutOfMemoryError: keys and values of 1 x 7 tokens in f32 do not fit on every GPU")
+    assert wrong.startswith("ValueError: adapter wrong, layers.0.attn.o: a (1, 3) and b (3, 1) are not of a weight")
+    assert leader["closed"] == "this decoder is closed"
+    for follower in followers:
+        calls = follower["calls"].tolist()
+        assert calls.count("close") == 1 and calls[-1] == "close"
+        assert calls.count("forward") == 1 + calls.count("logits") > 1 + alone.TOKENS  # one has failed
+        assert follower["left"] == 1  # the one that the leader had, too
+
+
 @pytest.mark.parametrize("model", FUSED)
 def test_the_fused_decoder_on_two_ranks(alone: Any, ranks: Any, model: str) -> None:
-    """Interpreted: logits, also with an adapter, and drawn tokens; sums are taken in another order and of bfloat16."""
+    """Interpreted: logits, also with an adapter, and drawn tokens. Operands are rounded to bfloat16, as on one GPU."""
     pytest.importorskip("triton", reason="needs Triton, which there is for Linux on x86-64")
     spec, schemes = FUSED[model]
-    first, second = (rank[model] for rank in ranks(2, FUSED, True))
+    first, second = (rank[model] for rank in ranks(2, FUSED, "fused"))
     for name, values in first.items():
         np.testing.assert_array_equal(second[name], values, name)
     decoder = tiny.tiny_decoder(spec, tiny.tiny_weights(spec, schemes))
     for name, adapter in (("a", None), ("b", tiny.tiny_adapter(spec))):
         expected = tiny.whole(decoder, tiny.TEXTS[name][: len(first[name])], adapter=adapter)
         off = np.linalg.norm(first[name] - expected) / np.linalg.norm(expected)
-        assert off <= 3e-2, f"{name}: off by {off:.2e} in relative norm"
+        assert off <= 5e-2, f"{name}: off by {off:.2e} in relative norm"
     assert len(first["answer"]) == 2
 
 
@@ -166,6 +191,19 @@ def test_a_70b_model_splits_evenly() -> None:
             whole = name == "embed" or name.endswith("norm")
             assert tensor.nbytes * (1 if whole else 8) == weights[name].nbytes, name
             assert not isinstance(tensor, Shard) or name == "lm_head"
+
+
+def test_processes_have_to_be_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="the environment has no RANK"):
+        join(torch.device("cuda:0"))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="one model a process"):
+        join(torch.device("cuda:0"))
+    with pytest.raises(ConfigError, match="every process takes a GPU of its own"):
+        CudaKernels(DecoderOptions(device="cuda:1", plugin=CudaSettings(tensor_parallel=True)))
 
 
 def test_what_cannot_be_split_says_so() -> None:
