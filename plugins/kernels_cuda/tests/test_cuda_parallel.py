@@ -66,7 +66,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Result
         folder = tmp_path_factory.mktemp("ranks")
         jobs = [(name, *model, how) for name, model in models.items()]
         (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         if how == "fused":
             environment["TRITON_INTERPRET"] = "1"
         started = [
