@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ruvllm_core.decode.batch import Batch
 from ruvllm_core.decode.kv import STORE_BITS, KVStorage
-from ruvllm_core.errors import GenerationError
+from ruvllm_core.errors import ConfigError, GenerationError
 from ruvllm_core.generate.request import Request
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_core.protocols import DecoderOptions, FloatArray, Weights
@@ -22,12 +23,16 @@ from ruvllm_kernels_cuda.graphs import Graphs, bucket_of
 from ruvllm_kernels_cuda.inputs import StepBuffers, StepShape, shape_of
 from ruvllm_kernels_cuda.launch import overlapping
 from ruvllm_kernels_cuda.layers import Layers, Plan
+from ruvllm_kernels_cuda.parallel import TensorParallel
 from ruvllm_kernels_cuda.rotary import rotary_tables
 from ruvllm_kernels_cuda.sampling import SamplingWorkspace, sample
 from ruvllm_kernels_cuda.scratch import Scratch
 from ruvllm_kernels_cuda.steps import StepKind, has_final, is_decode, owners, rounded_shape
 from ruvllm_kernels_cuda.storage import allocate
 from ruvllm_kernels_cuda.weights import ModelWeights, load_weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CudaDecoder:
@@ -36,7 +41,11 @@ class CudaDecoder:
     Weights keep their bits (`packing`). Keys and values can be kept in f16, bf16, f32, q8 and q4, and in ``fp8``, which
     no cache policy asks for. Without CUDA all but the capturing of graphs works the same, in Triton's interpreter.
 
-    Raises `ModelError` for weights that do not fit the spec, and `OutOfMemoryError`.
+    With a `group` it is one rank of several GPUs (`parallel.py`): it takes the whole model's spec and weights, keeps
+    its part, and `spec` is that part's. All ranks have to make the same calls, with requests that have seeds.
+
+    Raises `ModelError` for weights that do not fit the spec, `OutOfMemoryError`, and `ConfigError` if the model cannot
+    be split over so many ranks, or if its weights are packed already.
     """
 
     def __init__(
@@ -48,7 +57,14 @@ class CudaDecoder:
         *,
         scratch: Scratch | None = None,
         plan: Plan | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
+        self._parallel: TensorParallel | None = None
+        if group is not None:
+            if isinstance(weights, ModelWeights):
+                raise ConfigError("packed weights cannot be split", hint="pass those of the file")
+            self._parallel = TensorParallel(spec, weights, group)
+            spec, weights = self._parallel.spec, self._parallel.weights
         self.spec, self.device = spec, device
         first = {"float32": "f32", "bfloat16": "bf16"}.get(options.dtype, "f16")
         self.kv_schemes: tuple[str, ...] = (*sorted(("f16", "bf16", "f32"), key=lambda s: s != first), *STORE_BITS)
@@ -58,7 +74,7 @@ class CudaDecoder:
         self._several_tables = len(tables.cos) > 1
         plan = plan or Plan()
         self._layers: Layers | None = Layers(
-            spec, loaded, tables, scratch or Scratch.on(device), options.max_context, plan
+            spec, loaded, tables, scratch or Scratch.on(device), options.max_context, plan, self._parallel
         )
         self._adapters = AdapterPools(spec, device)
         self._draws = Draws(spec.vocab_size)
@@ -89,7 +105,7 @@ class CudaDecoder:
             return np.empty((0, self.spec.vocab_size), dtype=np.float32)
         states = torch.tensor(hidden, dtype=torch.float32).to(self.device)
         if batch is not None and has_final(batch):
-            slots = np.array(self._adapters.slots_of(batch.adapters), dtype=np.int32)[owners(batch)]
+            slots = np.array(self._slots_of(batch), dtype=np.int32)[owners(batch)]
             states = self._adapters.add_final(states, torch.from_numpy(slots).to(self.device))
         with overlapping(layers.plan.overlap):
             return _to_host(layers.head(states))
@@ -158,7 +174,7 @@ class CudaDecoder:
         self, batch: Batch, requests: Sequence[Request], drawing: Drawing | None, steps: int = 0
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Hidden states, and if tokens are drawn, logits and tokens; they may have more rows than are wanted."""
-        slots = self._adapters.slots_of(batch.adapters) if batch.adapters else []
+        slots = self._slots_of(batch)
         kind = StepKind(
             layered=any(adapter is not None and adapter.changes_cache for adapter in batch.adapters),
             final=drawing is not None and has_final(batch),
@@ -194,6 +210,10 @@ class CudaDecoder:
             (kind, rounded), lambda: self._buffers(rounded, kind), write, lambda b: self._body(b, kind), max(steps, 1)
         )
         return outputs
+
+    def _slots_of(self, batch: Batch) -> list[int]:
+        own = batch.adapters if self._parallel is None else self._parallel.adapters(batch.adapters)
+        return self._adapters.slots_of(own) if own else []
 
     def _buffers(self, shape: StepShape, kind: StepKind) -> StepBuffers:
         extra: dict[str, tuple[str, tuple[int, ...]]] = {}

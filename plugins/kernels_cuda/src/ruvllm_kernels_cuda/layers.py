@@ -4,6 +4,8 @@ A step of a few tokens is, per layer: the first norm inside the product for quer
 and writing; attention and its sum over splits; the output product, which adds to the residual stream; the second norm
 inside the product for gates, which are applied there, too; the last product, which adds again. That is 7 launches, 10
 with more tokens than norms and gates are fused for. Where cuBLAS multiplies, sums are left to the norm that follows.
+
+On several GPUs (`parallel.py`) the two products that add to the stream are summed over all of them first.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ruvllm_core.model.spec import ModelSpec
 from ruvllm_kernels_cuda.adapters import Deltas
@@ -26,6 +29,7 @@ from ruvllm_kernels_cuda.launch import OFF
 from ruvllm_kernels_cuda.matmul import Thresholds, matmul
 from ruvllm_kernels_cuda.norm import add_rms_norm, rms_norm
 from ruvllm_kernels_cuda.packing import PackedMatrix
+from ruvllm_kernels_cuda.parallel import TensorParallel
 from ruvllm_kernels_cuda.prefill_attention import prefill_attention
 from ruvllm_kernels_cuda.rotary import RotaryTables
 from ruvllm_kernels_cuda.scratch import Scratch
@@ -65,6 +69,7 @@ class Layers:
     Args:
         tables: rotary tables for every position there may be.
         scratch: working memory; steps do not overlap.
+        parallel: if the model is one rank's part; None is a whole model.
     """
 
     def __init__(
@@ -75,8 +80,9 @@ class Layers:
         scratch: Scratch,
         max_context: int,
         plan: Plan,
+        parallel: TensorParallel | None = None,
     ) -> None:
-        self.spec, self.weights, self.plan = spec, weights, plan
+        self.spec, self.weights, self.plan, self._parallel = spec, weights, plan, parallel
         self._tables, self._scratch, self._max_context = tables, scratch, max_context
         self._key_biases: list[KeyBias | None] = [None] * spec.num_layers
 
@@ -126,6 +132,8 @@ class Layers:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 ``[R, V]`` of states ``[R, C]``."""
         out = matmul(hidden, self.weights.head, self._scratch, dtype=torch.float32, thresholds=self.plan.thresholds)
+        if self._parallel is not None:
+            out = self._parallel.gather_logits(out)
         if (cap := self.spec.logit_softcap) is not None:
             out.div_(cap).tanh_().mul_(cap)
         return out
@@ -154,18 +162,23 @@ class Layers:
     ) -> None:
         """A product that is added to the stream, at once or with the next norm."""
         limits = self.plan.thresholds
-        if len(x) <= _rows_of_kernels(product.matrix, limits):
+        ours = len(x) <= _rows_of_kernels(product.matrix, limits)
+        if ours and self._parallel is None:
             residual = stream.residual
             matmul(
                 x, product.matrix, self._scratch, out=residual, bias=product.bias, residual=residual, thresholds=limits
             )
             target = residual
         else:
+            padded = pad(x, product.padding) if any(product.padding) else x
+            dtype = torch.float32 if ours else torch.bfloat16
             target = stream.pending = matmul(
-                x, product.matrix, self._scratch, dtype=torch.bfloat16, bias=product.bias, thresholds=limits
+                padded, product.matrix, self._scratch, dtype=dtype, bias=product.bias, thresholds=limits
             )
         if deltas is not None:
             deltas.add(n, site, x, target)
+        if self._parallel is not None:
+            self._parallel.all_reduce(target)
 
 
 class _Attention:

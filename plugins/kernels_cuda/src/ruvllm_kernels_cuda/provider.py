@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ruvllm_core.errors import ConfigError
@@ -29,6 +31,14 @@ class CudaKernels:
 
         from ruvllm_core.decode.reference import pick_device
 
+        self.settings: CudaSettings = options.plugin or CudaSettings()
+        if self.settings.tensor_parallel:
+            if options.device not in ("auto", "cuda"):
+                raise ConfigError(
+                    f"device {options.device}: with tensor_parallel every process takes a GPU of its own",
+                    hint="use device cuda, and CUDA_VISIBLE_DEVICES to choose GPUs",
+                )
+            options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         self.device = pick_device(options)
         if not self.device.startswith("cuda"):
             raise ConfigError(
@@ -41,7 +51,6 @@ class CudaKernels:
                 f"kernels cuda need compute capability 8.0 or later, {name} has {found[0]}.{found[1]}",
                 hint="use kernels torch",
             )
-        self.settings: CudaSettings = options.plugin or CudaSettings()
         self._dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
         self._ops: Mapping[str, Callable[..., Any]] | None = None
 
@@ -57,6 +66,7 @@ class CudaKernels:
         return self._ops
 
     def decoder(self, spec: ModelSpec, weights: Weights, options: DecoderOptions) -> Decoder | None:
+        """A whole-model executor. With `tensor_parallel`, rank 0's; other ranks stay here and end with the process."""
         import torch
 
         from ruvllm_kernels_cuda.decoder import CudaDecoder
@@ -65,7 +75,17 @@ class CudaKernels:
         from ruvllm_kernels_cuda.matmul import Thresholds
         from ruvllm_kernels_cuda.scratch import Scratch
 
-        scratch = Scratch.on(self.device, dense=self.settings.scratch_mib << 19)
+        device = torch.device(self.device)
+        scratch = Scratch.on(device, dense=self.settings.scratch_mib << 19)
         overlap = LATE if self.settings.overlap_launches else OFF
         plan = Plan(Thresholds(tiles=self.settings.tile_rows), overlap=overlap)
-        return CudaDecoder(spec, weights, options, torch.device(self.device), scratch=scratch, plan=plan)
+        if not self.settings.tensor_parallel:
+            return CudaDecoder(spec, weights, options, device, scratch=scratch, plan=plan)
+        from ruvllm_kernels_cuda.lockstep import Leader, follow, join
+
+        group, calls = join(device)
+        decoder = CudaDecoder(spec, weights, options, device, scratch=scratch, plan=plan, group=group)
+        if not group.rank():
+            return Leader(decoder, calls)
+        follow(decoder, calls)
+        raise SystemExit(0)

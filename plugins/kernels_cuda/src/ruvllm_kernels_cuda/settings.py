@@ -14,6 +14,7 @@ class CudaSettings(BaseModel):
         overlap_launches: let kernels begin before the ones ahead of them have ended, from compute capability 9.0 on;
             the results should be the same bits. It is off because nobody has measured it on a GPU yet.
         scratch_mib: memory for unpacked weights, in MiB; what does not fit is unpacked and multiplied piece by piece.
+        tensor_parallel: be one of the processes that ``torchrun`` has started, each with a GPU and a part of the model.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -21,3 +22,4 @@ class CudaSettings(BaseModel):
     tile_rows: int = Field(256, ge=0)
     overlap_launches: bool = False
     scratch_mib: int = Field(256, ge=16)
+    tensor_parallel: bool = False

@@ -14,6 +14,7 @@ from ruvllm_core.model.quant import QuantTensor
 from ruvllm_core.model.spec import ModelSpec, llama_tensor_names
 from ruvllm_core.protocols import Weights
 from ruvllm_kernels_cuda.packing import PackedMatrix, pack
+from ruvllm_kernels_cuda.shard import Shard, ShardedWeights
 
 #: The four products of a layer, and the canonical weights that are stacked for each.
 PRODUCTS = {
@@ -26,10 +27,11 @@ PRODUCTS = {
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A packed matrix and its bias, float32 ``[rows]``, or None."""
+    """A packed matrix and its bias, float32 ``[rows]``, or None; inputs get `padding` columns before and after them."""
 
     matrix: PackedMatrix
     bias: Tensor | None
+    padding: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class ModelWeights:
-    """Everything a decoder multiplies with; `head` is `embed` itself where embeddings are tied."""
+    """Everything a decoder multiplies with; `head` is `embed` itself where embeddings are tied and on one GPU."""
 
     embed: PackedMatrix
     head: PackedMatrix
@@ -65,6 +67,8 @@ class ModelWeights:
 def load_weights(spec: ModelSpec, weights: Weights, device: torch.device) -> ModelWeights:
     """Pack all weights on `device`; of a mapped file, a few rows at a time are in the host's memory.
 
+    `spec` is that of the part if they are `ShardedWeights`.
+
     Raises `ModelError` for a weight that is missing, has another shape, or that the spec does not know of, and
     `OutOfMemoryError` if the device is too small.
     """
@@ -76,9 +80,10 @@ def load_weights(spec: ModelSpec, weights: Weights, device: torch.device) -> Mod
     def tensor(name: str) -> QuantTensor:
         if name not in weights:
             raise ModelError(f"weight {name} is missing")
-        if weights[name].shape != shapes[name]:
-            raise ModelError(f"weight {name} has shape {weights[name].shape}, the model needs {shapes[name]}")
-        return weights[name]
+        found = weights[name]
+        if found.shape != shapes[name] and not isinstance(weights, ShardedWeights):  # which have looked already
+            raise ModelError(f"weight {name} has shape {found.shape}, the model needs {shapes[name]}")
+        return found
 
     def vector(names: Sequence[str]) -> Tensor:
         values = np.concatenate([tensor(name).dequantize() for name in names]).astype(np.float32)
@@ -88,7 +93,9 @@ def load_weights(spec: ModelSpec, weights: Weights, device: torch.device) -> Mod
         names = [prefix + part for part in parts]
         biases = [f"{name}.bias" for name in names]
         bias = vector(biases) if biases[0] in shapes else None  # the spec has them for all parts or for none
-        return Product(pack([tensor(name) for name in names], device), bias)
+        found = [tensor(name) for name in names]
+        padding = (found[0].before, found[0].after) if isinstance(found[0], Shard) else (0, 0)
+        return Product(pack(found, device), bias, padding)
 
     def layer(prefix: str) -> LayerWeights:
         norms = vector([f"{prefix}attn_norm"]), vector([f"{prefix}mlp_norm"])
@@ -97,7 +104,10 @@ def load_weights(spec: ModelSpec, weights: Weights, device: torch.device) -> Mod
     try:
         embed = pack([tensor("embed")], device)
         layers = tuple(layer(f"layers.{n}.") for n in range(spec.num_layers))
-        head = embed if spec.tied_embeddings else pack([tensor("lm_head")], device)
+        output = tensor("embed" if spec.tied_embeddings else "lm_head")
+        own = output.vocabulary if isinstance(output, Shard) else None
+        tied = spec.tied_embeddings and own in (None, (0, spec.vocab_size))
+        head = embed if tied else pack([output if own is None else output.rows(*own)], device)
         return ModelWeights(embed, head, vector(["final_norm"]), layers)
     except torch.OutOfMemoryError as error:
         needed = sum(one.data.nbytes for one in weights.values()) / 2**30
