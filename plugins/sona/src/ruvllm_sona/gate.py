@@ -64,7 +64,7 @@ class GateConfig:
             two standard errors fails, and only where there are four answers of either kind.
     """
 
-    max_mean_loss: float = 0.01
+    max_mean_loss: float = 0.02
     max_worst_loss: float = 0.03
     sigmas: float = 1.0
     max_kl: float = 0.2
