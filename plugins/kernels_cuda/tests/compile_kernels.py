@@ -13,7 +13,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ruvllm_kernels_cuda import dequant, embed, gemm, gemv_kernel
-from ruvllm_kernels_cuda.launch import EARLY, OFF
 from ruvllm_kernels_cuda.packing import LAYOUTS
 
 _FLOATS = ("norm", "bias", "residual", "out", "partial")
@@ -38,27 +37,13 @@ def build(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages}
-    if constants["PDL"]:
-        options["launch_pdl"] = True
-    return seen(triton.compile(source, GPUTarget("cuda", capability, 32), options))
-
-
-#: What may not come before the wait: memory, and ways around it.
-_EARLY = re.compile(r"\b(?:ld\.global|st\.global|atom\.|red\.|cp\.async|call|bra|ret)\b")
+    return seen(triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}))
 
 
 def seen(made: Any) -> dict[str, int]:
     """What there is in a compiled kernel."""
     ptx = made.asm["ptx"]
-    ptx = ptx[ptx.index(".entry") :]
-    wait = ptx.find("griddepcontrol.wait")
     return {
-        "waits": ptx.count("griddepcontrol.wait"),
-        "before the wait": len(_EARLY.findall(ptx[: max(wait, 0)])),
-        "dependents": ptx.count("griddepcontrol.launch_dependents"),
-        "prefetches": ptx.count("prefetch.global.L2"),
-        "late prefetches": ptx[max(wait, 0) :].count("prefetch.global.L2"),
         "wide": len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         "async": len(re.findall(r"cp\.async\.cg\.shared\.global", ptx)),
         "matrix": len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx)),
@@ -69,33 +54,30 @@ def seen(made: Any) -> dict[str, int]:
 
 def main(capability: int) -> None:
     found = {}
-    overlap = {"PDL": OFF} if capability < 90 else {"PDL": EARLY}
-    alone = {"GATE": -1, "PREFETCH": 0, **overlap}
-    ahead = {"GATE": 0, "PREFETCH": 24 if capability >= 90 else 0, **overlap}  # as `gemv` has it
     for scheme in ("q4_k", "q5_1", "q6_k", "q8_0"):
         layout = LAYOUTS[scheme]
         record = {"SCALES": layout.scales, "BITS": layout.bits, "CHUNKS": layout.chunks}
         product = record | {"BIAS": True, "RESIDUAL": True, "EVEN": True}
-        vector = {"M": 1, "WARPS": 4, "SPLIT": True, **product}
+        vector = {"M": 1, "SPLIT": True, **product}
         found[f"vector {scheme}"] = build(
-            gemv_kernel.blocks_kernel, capability, 4, REPEAT=2, NORM=scheme == "q6_k", **vector, **alone
+            gemv_kernel.blocks_kernel, capability, 4, REPEAT=2, WARPS=4, NORM=scheme == "q6_k", GATE=-1, **vector
         )
         found[f"tiles {scheme}"] = build(
             gemm._tile_kernel, capability, 4, 3, ROWS=64, TOKENS=16, GROUPS=4, SPLIT=True, FACTOR=tl.bfloat16,
-            **product, **overlap,
+            **product,
         )  # fmt: skip
-        found[f"unpack {scheme}"] = build(dequant._dequant_kernel, capability, 4, ROWS=16, **record, **overlap)
-        found[f"embed {scheme}"] = build(embed._embed_blocks, capability, 4, TOKENS=4, **record, **overlap)
-        if scheme in ("q4_k", "q6_k"):
-            repeat = 4 if scheme == "q4_k" else 2
-            found[f"ahead {scheme}"] = build(
-                gemv_kernel.blocks_kernel, capability, 4, REPEAT=repeat, NORM=True, **vector, **ahead
+        found[f"unpack {scheme}"] = build(dequant._dequant_kernel, capability, 4, ROWS=16, **record)
+        found[f"embed {scheme}"] = build(embed._embed_blocks, capability, 4, TOKENS=4, **record)
+        if scheme in ("q4_k", "q6_k"):  # as the rule of `gemv` cuts up the gates of a large model
+            repeat, warps = (4, 2) if scheme == "q4_k" else (2, 4)
+            found[f"gated {scheme}"] = build(
+                gemv_kernel.blocks_kernel, capability, warps, REPEAT=repeat, WARPS=warps, NORM=True, GATE=0, **vector
             )
     floats = {"NORM": False, "BIAS": True, "RESIDUAL": True}
     floats |= {"M": 2, "REPEAT": 8, "WIDTH": 1024, "WARPS": 4}
-    found["vector bf16"] = build(gemv_kernel.float_kernel, capability, 4, data="*bf16", **floats, **alone)
-    found["ahead bf16"] = build(gemv_kernel.float_kernel, capability, 4, data="*bf16", **floats, **ahead)
-    found["embed bf16"] = build(embed._embed_floats, capability, 4, data="*bf16", TOKENS=4, WIDTH=256, **overlap)
+    found["vector bf16"] = build(gemv_kernel.float_kernel, capability, 4, data="*bf16", GATE=-1, **floats)
+    found["gated bf16"] = build(gemv_kernel.float_kernel, capability, 4, data="*bf16", GATE=0, **floats)
+    found["embed bf16"] = build(embed._embed_floats, capability, 4, data="*bf16", TOKENS=4, WIDTH=256)
     print(json.dumps(found))  # noqa: T201
 
 

@@ -1,7 +1,7 @@
 """Compiles every kernel that steps of a tiny model launch, for a GPU that need not be there. A program, not a test.
 
 Launches are caught before they reach a device, so nothing is computed; what a kernel is given says how it is compiled,
-as it does on a GPU. Prints JSON: what is in each kernel (`compile_kernels.seen`), and how often it was launched.
+as it does on a GPU. Prints JSON: what is in each kernel (`compile_kernels.seen`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ from ruvllm_core.generate.sequence import Sequence, make_batch
 from ruvllm_core.protocols import DecoderOptions
 from ruvllm_core.testing import tiny
 from ruvllm_kernels_cuda import decoder as decoder_module
-from ruvllm_kernels_cuda import launch
-from ruvllm_kernels_cuda.gemv import Config
-from ruvllm_kernels_cuda.layers import Plan
-from ruvllm_kernels_cuda.matmul import Thresholds
 from ruvllm_kernels_cuda.scratch import Scratch
 
 _TYPES = {
@@ -41,7 +37,7 @@ class Launches:
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
-        self._made: dict[Any, str] = {}
+        self._made: set[tuple[str, ...]] = set()
         self.found: dict[str, dict[str, int]] = {}
 
     def __call__(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
@@ -66,25 +62,21 @@ class Launches:
             constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
             source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
             made = triton.compile(source, self._target, options)
-            name = f"{kernel.__name__} {len(self.found)}"
-            overlaps = int(made.metadata.launch_pdl)
-            self._made[key], self.found[name] = name, {**seen(made), "overlaps": overlaps, "launches": 0}
-        self.found[self._made[key]]["launches"] += 1
+            self._made.add(key)
+            self.found[f"{kernel.__name__} {len(self.found)}"] = seen(made)
 
 
-def main(capability: int, mode: int) -> None:
+def main(capability: int) -> None:
     spec = tiny.tiny_spec(hidden_size=256, intermediate_size=256, head_dim=64, qkv_bias=True, max_context=112)
     options = DecoderOptions(dtype="bfloat16", max_context=spec.max_context)
     scratch = replace(Scratch.on("cpu", partial=1 << 16, arrived=1 << 10, dense=1 << 14), processors=132)
     launches = Launches(capability)
-    plan = Plan(Thresholds(configure=lambda *_: Config(2, 2, 1, prefetch=4)), overlap=mode)
     with (
         mock.patch.object(JITFunction, "run", lambda kernel, *args, **given: launches(kernel, *args, **given)),
-        mock.patch.object(launch, "can_overlap", lambda device: capability >= 90),
         mock.patch.object(decoder_module, "_checked", lambda tokens: tokens),  # nothing wrote them
     ):
         weights = tiny.tiny_weights(spec, ("q4_k", "q6_k", "f16"))
-        decoder = decoder_module.CudaDecoder(spec, weights, options, torch.device("cpu"), scratch=scratch, plan=plan)
+        decoder = decoder_module.CudaDecoder(spec, weights, options, torch.device("cpu"), scratch=scratch)
         adapter = tiny.tiny_adapter(spec)
         for asked in ([{}], [{"temperature": 0.7, "top_k": 5, "top_p": 0.8, "adapter": adapter}] * 3):
             requests = [tiny.tiny_request([5 + n], **how) for n, how in enumerate(asked)]
@@ -98,4 +90,4 @@ def main(capability: int, mode: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

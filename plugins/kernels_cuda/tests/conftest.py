@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ruvllm_core.model.quant import SCHEMES, QuantTensor
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this file
 
 #: Where a block of each scheme has its f16 scales (block layouts of the GGML library).
 _SCALES = {"q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q8_0": [0], "q2_k": [80, 82], "q3_k": [108]}
@@ -26,17 +20,6 @@ def device() -> str:
     """Where the kernels run: a GPU if there is one, else the interpreter on tensors of the CPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def every_program_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where kernels are interpreted, all of them overlap, and that they may is checked (`waiting.Watcher`)."""
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from waiting import Watcher
-
-        from ruvllm_kernels_cuda import launch
-
-        Watcher(monkeypatch, launch.EARLY)
 
 
 @pytest.fixture(scope="session")

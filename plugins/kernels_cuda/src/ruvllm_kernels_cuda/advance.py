@@ -7,15 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.inputs import StepInputs
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 
 
 @triton.jit
 def _advance(
     sampled, tokens, positions, slots, lengths, starts, table, counter, uniforms, uniform, log, sequences, width, steps,
-    S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    await_previous(PDL)
     b = tl.arange(0, BLOCK)
     inside = b < sequences
     step = tl.load(counter)
@@ -50,5 +48,4 @@ def advance(sampled: Tensor, step: StepInputs, counter: Tensor, uniforms: Tensor
         sampled, step.tokens, step.positions, step.slots, run.lengths, run.starts, run.block_table, counter,
         uniforms, uniform, log, sequences, run.block_table.shape[1], steps,
         S=run.storage.block_size, BLOCK=triton.next_power_of_2(sequences), num_warps=1,
-        **launch_options(log.device),
     )  # fmt: skip

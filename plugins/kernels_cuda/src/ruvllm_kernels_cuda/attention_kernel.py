@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_tiles import coded_tiles, float_tiles
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.rotary import pair_indices
 from ruvllm_kernels_cuda.segments import CodedKV, DeviceSegment, FloatKV, KeyBias, sort_segments
 
@@ -92,9 +91,8 @@ def _attend(
     OLDER_S: tl.constexpr, STORE_S: tl.constexpr, S: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
     CENTERED: tl.constexpr, ROPE_HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS_ROWS: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PARTS: tl.constexpr,
-    OLDER_KIND: tl.constexpr, KIND: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    OLDER_KIND: tl.constexpr, KIND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    await_previous(PDL)
     head = tl.program_id(1)
     sequence = tl.program_id(2)
     # The last rows see most: they are begun first.
@@ -260,7 +258,7 @@ def launch(
         BIAS_ROWS=1 if centering is None else bias.shape[2],
         WINDOW=call.window or 0, SOFTCAP=call.softcap or 0.0, BOUNDED=call.boundary is not None,
         PARTS=sums is not None, OLDER_KIND=older_kind, KIND=_COMPUTE.get(newest.kv.keys.dtype, tl.float16),
-        STAGES=tuning.stages, num_warps=tuning.warps, **launch_options(out.device),
+        STAGES=tuning.stages, num_warps=tuning.warps,
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_kernel import Attention, Tuning, launch
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.segments import CodedKV, DeviceSegment
 
 #: Keys of a tile, warps and stages that a benchmark tries; the first is used. Rows follow from the group.
@@ -29,11 +28,8 @@ MOST_ROWS = 64  # of one program: with more, `prefill_attention` is the faster o
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _combine(
-    parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def _combine(parts, sums, out, splits, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
     """Parts ``[lines, splits, D]`` and logarithms of their sums, base 2, to ``[lines, D]``. One program a line."""
-    await_previous(PDL)
     line = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
     s = tl.arange(0, SPLITS)
@@ -107,6 +103,5 @@ def decode_attention(
     parts, sums = decode_workspace(tokens, heads, dim, splits, query.device) if workspace is None else workspace
     launch(query, segments, call, parts, sums, shape, blocks, splits)
     padded = triton.next_power_of_2(dim)
-    how = launch_options(out.device)
-    _combine[(tokens * heads,)](parts, sums, out, splits, D=dim, DP=padded, SPLITS=16, num_warps=4, **how)
+    _combine[(tokens * heads,)](parts, sums, out, splits, D=dim, DP=padded, SPLITS=16, num_warps=4)
     return out

@@ -21,7 +21,6 @@ from ruvllm_kernels_cuda.advance import advance
 from ruvllm_kernels_cuda.draws import Drawing, Draws, changes_logits, sampling_fields, sampling_rows
 from ruvllm_kernels_cuda.graphs import Graphs, bucket_of
 from ruvllm_kernels_cuda.inputs import StepBuffers, StepShape, shape_of
-from ruvllm_kernels_cuda.launch import overlapping
 from ruvllm_kernels_cuda.layers import Layers, Plan
 from ruvllm_kernels_cuda.parallel import TensorParallel
 from ruvllm_kernels_cuda.rotary import rotary_tables
@@ -107,8 +106,7 @@ class CudaDecoder:
         if batch is not None and has_final(batch):
             slots = np.array(self._slots_of(batch), dtype=np.int32)[owners(batch)]
             states = self._adapters.add_final(states, torch.from_numpy(slots).to(self.device))
-        with overlapping(layers.plan.overlap):
-            return _to_host(layers.head(states))
+        return _to_host(layers.head(states))
 
     @torch.inference_mode()
     def step(self, batch: Batch, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
@@ -226,14 +224,7 @@ class CudaDecoder:
         return StepBuffers(shape, self.device, extra)
 
     def _body(self, buffers: StepBuffers, kind: StepKind) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        layers = self._open()
-        with overlapping(layers.plan.overlap):
-            return self._execute(layers, buffers, kind)
-
-    def _execute(
-        self, layers: Layers, buffers: StepBuffers, kind: StepKind
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        there = buffers.packet.device
+        layers, there = self._open(), buffers.packet.device
         deltas = Deltas(self._adapters, there["adapters"]) if kind.layered else None
         hidden = layers.run(buffers.inputs, deltas)
         if kind.drawing is None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ruvllm_core.errors import ConfigError
 from ruvllm_kernels_cuda.blocks import ONE, weights_tile
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.packing import PackedPart
 
 _ROWS = 16  # of a program: 32 values a thread, which leaves room for many programs
@@ -28,9 +27,7 @@ def _dequant_kernel(
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    await_previous(PDL)
     record = tl.program_id(1)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = i < count
@@ -64,6 +61,5 @@ def dequantize_rows(part: PackedPart, out: Tensor, first: int = 0, count: int | 
     _dequant_kernel[(triton.cdiv(count, _ROWS), part.records)](
         part.data, factors, view, first, count, part.rows, part.columns, ONE,
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks, ROWS=_ROWS, num_warps=4,
-        **launch_options(view.device),
     )  # fmt: skip
     return view

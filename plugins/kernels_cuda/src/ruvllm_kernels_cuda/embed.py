@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.blocks import ONE, weights_tile
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.packing import PackedMatrix
 
 _TOKENS = 4  # of a program
@@ -41,9 +40,7 @@ def _embed_blocks(
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     TOKENS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    await_previous(PDL)
     i, n, here, nowhere = _wanted(tokens, count, first, rows, total, TOKENS)
     record = tl.program_id(1)
     values = weights_tile(data, factors, record, 0, n, here, rows, one, SCALES, BITS, CHUNKS, GROUPS=8, TYPE=tl.float32)
@@ -54,11 +51,7 @@ def _embed_blocks(
 
 
 @triton.jit
-def _embed_floats(
-    tokens, data, out, count, first, rows, total, columns,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    await_previous(PDL)
+def _embed_floats(tokens, data, out, count, first, rows, total, columns, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     i, n, here, nowhere = _wanted(tokens, count, first, rows, total, TOKENS)
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     fits = (k < columns)[None, :]
@@ -80,15 +73,15 @@ def embed(packed: PackedMatrix, tokens: Tensor, out: Tensor) -> Tensor:
     count, columns = tokens.shape[0], packed.columns
     if not count:
         return out
-    blocks, how = (triton.cdiv(count, _TOKENS), triton.cdiv(columns, _WIDTH)), launch_options(out.device)
+    blocks = triton.cdiv(count, _TOKENS), triton.cdiv(columns, _WIDTH)
     for part in packed.parts:
         layout, where = part.layout, (count, part.first, part.rows, packed.rows, columns)
         if layout is None:
-            _embed_floats[blocks](tokens, part.data, out, *where, TOKENS=_TOKENS, WIDTH=_WIDTH, num_warps=4, **how)
+            _embed_floats[blocks](tokens, part.data, out, *where, TOKENS=_TOKENS, WIDTH=_WIDTH, num_warps=4)
         else:
             factors = part.data if part.factors is None else part.factors
             _embed_blocks[blocks](
                 tokens, part.data, factors, out, *where, ONE,
-                SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks, TOKENS=_TOKENS, num_warps=4, **how,
+                SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks, TOKENS=_TOKENS, num_warps=4,
             )  # fmt: skip
     return out

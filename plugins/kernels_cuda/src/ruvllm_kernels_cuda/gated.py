@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
-
 #: Values of a program that a benchmark tries, and its warps; the first is used.
 TUNINGS = ((512, 4), (256, 2), (1024, 4), (2048, 8))
 #: Activations as kernels know them.
@@ -32,8 +30,7 @@ def opened(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gated(gate_up, out, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    await_previous(PDL)
+def _gated(gate_up, out, width, in_stride, out_stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -51,7 +48,6 @@ def gated(gate_up: Tensor, activation: str, out: Tensor | None = None, tuning: t
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=gate_up.device) if out is None else out
     block, warps = tuning
     _gated[(triton.cdiv(width, block), rows)](
-        gate_up, out, width, gate_up.stride(0), out.stride(0),
-        KIND=KINDS[activation], BLOCK=block, num_warps=warps, **launch_options(out.device),
-    )  # fmt: skip
+        gate_up, out, width, gate_up.stride(0), out.stride(0), KIND=KINDS[activation], BLOCK=block, num_warps=warps
+    )
     return out

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.blocks import ONE, finish, weights_tile
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.packing import RECORD, PackedPart
 from ruvllm_kernels_cuda.scratch import Scratch
 
@@ -87,9 +86,7 @@ def _tile_kernel(
     RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
     FACTOR: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    await_previous(PDL)
     # Tiles that share weights are neighbours in the order of launching, so that the weights come from memory once.
     tile_m, tile_n, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * ROWS + tl.arange(0, ROWS)
@@ -171,6 +168,5 @@ def gemm(
         SCALES=layout.scales, BITS=layout.bits, CHUNKS=layout.chunks,
         ROWS=config.rows, TOKENS=config.tokens, GROUPS=config.groups, SPLIT=split > 1,
         EVEN=part.columns % RECORD == 0, FACTOR=factor, num_warps=config.warps, num_stages=config.stages, **flags,
-        **launch_options(out.device),
     )  # fmt: skip
     return out

@@ -13,7 +13,6 @@ from torch import Tensor
 from ruvllm_kernels_cuda.blocks import ONE
 from ruvllm_kernels_cuda.gated import KINDS
 from ruvllm_kernels_cuda.gemv_kernel import blocks_kernel, float_kernel
-from ruvllm_kernels_cuda.launch import OFF, launch_options
 from ruvllm_kernels_cuda.packing import RECORD, PackedPart
 from ruvllm_kernels_cuda.scratch import Scratch
 
@@ -29,14 +28,11 @@ class Config:
         repeat: rows of the matrix a lane has; a program has 32 times as many (of float matrices: `repeat` rows).
         warps: of a program; each works on another record (of float matrices: on other columns).
         split: programs that share the columns of a row.
-        prefetch: KiB of its weights that a program asks for before it waits for the kernel ahead, where it may begin
-            before that has ended (`launch.py`).
     """
 
     repeat: int = 4
     warps: int = 4
     split: int = 1
-    prefetch: int = 0
 
 
 #: What a benchmark should try; each with several splits.
@@ -84,8 +80,7 @@ def gemv(
     count, rows = x.shape[0], part.rows
     m = triton.next_power_of_2(count)
     flags: dict[str, int] = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
-    flags |= {"GATE": -1 if gate is None else KINDS[gate], **launch_options(x.device)}
-    flags["PREFETCH"] = 0 if flags["PDL"] == OFF else config.prefetch
+    flags["GATE"] = -1 if gate is None else KINDS[gate]
     bias, norm = x if bias is None else bias, x if norm is None else norm
     residual = out if residual is None else residual
     strides = x.stride(0), residual.stride(0), out.stride(0)

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from ruvllm_kernels_cuda.blocks import BYTE, CODES, PAIR, byte_at, finish, half_at, mantissa
-from ruvllm_kernels_cuda.launch import await_previous, prefetch, prefetch_vector
 
 
 @triton.jit
@@ -118,32 +117,6 @@ def _row(first, r, lane, rows, REPEAT: tl.constexpr, LANES: tl.constexpr, GATE: 
 
 
 @triton.jit
-def _prefetch_records(
-    data, first, stop, tile, rows,
-    CHUNKS: tl.constexpr, REPEAT: tl.constexpr, WARPS: tl.constexpr, KIB: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """Ask for the first KIB KiB of records [first, stop) of a program's rows. A line of 128 bytes has eight rows."""
-    for start in tl.static_range(0, KIB * 8, 32 * WARPS):
-        line = start + tl.arange(0, 32 * WARPS)
-        chunk = first * CHUNKS + line // (4 * REPEAT)
-        row = _row(tile, line // 4 % REPEAT, line % 4 * 8, rows, REPEAT, 32, GATE)
-        wanted = (line < KIB * 8) & (chunk < stop * CHUNKS) & (row < rows)
-        prefetch(data + (chunk * rows + row) * 4, wanted)
-
-
-@triton.jit
-def _prefetch_floats(
-    data, first, rows, columns, REPEAT: tl.constexpr, WARPS: tl.constexpr, KIB: tl.constexpr, GATE: tl.constexpr
-):  # fmt: skip
-    """Ask for the first KIB KiB of a program's rows, of each the same share; a line has 64 values."""
-    for start in tl.static_range(0, KIB * 8, 32 * WARPS):
-        line = start + tl.arange(0, 32 * WARPS)
-        column = line // REPEAT * 64
-        row = _row(first, line % REPEAT, 0, rows, REPEAT, 1, GATE)
-        prefetch(data + row.to(tl.int64) * columns + column, (line < KIB * 8) & (column < columns) & (row < rows))
-
-
-@triton.jit
 def blocks_kernel(
     x,
     norm,
@@ -175,8 +148,6 @@ def blocks_kernel(
     RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
     GATE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     HIGH: tl.constexpr = BITS - 4 if BITS < 8 else 0
     SCALE_CHUNKS: tl.constexpr = 2 if SCALES == PAIR else 1
@@ -190,11 +161,6 @@ def blocks_kernel(
     pieces = tl.num_programs(1)
     per = tl.cdiv(records, pieces)
     stop = min(records, (piece + 1) * per)
-    if PREFETCH > 0:
-        _prefetch_records(data, piece * per, stop, tile, rows, CHUNKS, REPEAT, WARPS, PREFETCH, GATE)
-        if NORM:
-            prefetch_vector(norm, columns, tile * pieces + piece, 32 * WARPS)
-    await_previous(PDL)
     m = tl.arange(0, M)
     # Tiles are [32 lanes, WARPS, REPEAT, M, 4 words]. In this order the compiler gives lanes and warps the first two
     # axes and a thread the rest; all tiles have all axes from the start, so that none has to change its layout.
@@ -315,14 +281,7 @@ def float_kernel(
     RESIDUAL: tl.constexpr,
     WARPS: tl.constexpr,
     GATE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PREFETCH > 0:
-        _prefetch_floats(data, tl.program_id(0), rows, columns, REPEAT, WARPS, PREFETCH, GATE)
-        if NORM:
-            prefetch_vector(norm, columns, tl.program_id(0), 32 * WARPS)
-    await_previous(PDL)
     m = tl.arange(0, M)
     n = _row(tl.program_id(0), tl.arange(0, REPEAT), 0, rows, REPEAT, 1, GATE)
     # Tiles are [REPEAT, M, WIDTH] from the start, as above.

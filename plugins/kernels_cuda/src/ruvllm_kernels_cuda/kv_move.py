@@ -16,7 +16,6 @@ from ruvllm_core.decode.coded import rotation
 from ruvllm_core.decode.kv import store_group
 from ruvllm_core.errors import ConfigError
 from ruvllm_kernels_cuda.attention_tiles import dot, hadamard
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.segments import CodedKV, FloatKV, KeyBias, pair_members
 
 TILE = 32  # tokens of a block that are floats at a time
@@ -163,9 +162,8 @@ def _code_blocks(
     from_slots, to_slots, positions, bias, cos, sin, kv_heads,
     D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr, FROM_S: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
     BITS: tl.constexpr, CENTERED: tl.constexpr, ROPE_HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    await_previous(PDL)
     HALF: tl.constexpr = D // 2
     norm: tl.constexpr = (D & -D) ** -0.5
     first = tl.program_id(0) * S
@@ -245,7 +243,6 @@ def code_blocks(
         FROM_S=source.keys.shape[2], S=size, GROUPS=target.key_scales.shape[-1], BITS=target.bits,
         CENTERED=key_bias is not None, ROPE_HALF=1 if key_bias is None else cos.shape[1],
         INTERLEAVED=key_bias is not None and key_bias.interleaved, TILE=TILE, num_warps=4,
-        **launch_options(target.keys.device),
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import await_previous, launch_options, prefetch_vector
 from ruvllm_kernels_cuda.rotary import RotaryTables, pair_indices, rotated
 from ruvllm_kernels_cuda.segments import FloatKV
 
@@ -32,13 +31,8 @@ def _rotate_and_write(
     qkv, bias, query, keys, values, slots, positions, variants, cos, sin, table_positions, qkv_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, ROPE_HALF: tl.constexpr,
     S: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, VARIANTS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
-    if BIASED and PDL > 0:
-        program = token * tl.num_programs(0) + tl.program_id(0)
-        prefetch_vector(bias, (HEADS + 2 * KV_HEADS) * D, program, 64)
-    await_previous(PDL)
     head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.arange(0, HP)
     first, second = pair_indices(h, ROPE_HALF, D, INTERLEAVED)
@@ -106,6 +100,6 @@ def rotate_and_write(
         positions if variants is None else variants, tables.cos, tables.sin, tables.cos.shape[1], qkv.stride(0),
         HEADS=heads, KV_HEADS=kv_heads, D=dim, HP=triton.next_power_of_2(dim // 2), ROPE_HALF=tables.cos.shape[2],
         S=size, BLOCK=block, BIASED=bias is not None, VARIANTS=variants is not None, INTERLEAVED=tables.interleaved,
-        num_warps=warps, **launch_options(out.device),
+        num_warps=warps,
     )  # fmt: skip
     return out

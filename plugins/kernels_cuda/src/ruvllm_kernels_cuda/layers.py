@@ -25,7 +25,6 @@ from ruvllm_kernels_cuda.gated import gated
 from ruvllm_kernels_cuda.inputs import StepInputs
 from ruvllm_kernels_cuda.kv_move import move
 from ruvllm_kernels_cuda.kv_write import rotate_and_write
-from ruvllm_kernels_cuda.launch import OFF
 from ruvllm_kernels_cuda.matmul import Thresholds, matmul
 from ruvllm_kernels_cuda.norm import add_rms_norm, rms_norm
 from ruvllm_kernels_cuda.packing import PackedMatrix
@@ -45,14 +44,11 @@ class Plan:
 
     Attributes:
         thresholds: which kernel computes which product.
-        fuse_norms, fuse_gates: compute norms and gates inside products where these can.
-        overlap: of a step's launches, a mode of `launch.py`.
+        fuse_norms: compute norms inside products where these can.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
     fuse_norms: bool = True
-    fuse_gates: bool = True
-    overlap: int = OFF
 
 
 @dataclass(eq=False)
@@ -110,7 +106,7 @@ class Layers:
             qkv = self._from_stream(stream, layer.qkv, layer.attn_norm, inner, deltas, n, "qkv", biased=False)
             attended = attention(n, layer, qkv)
             self._to_stream(stream, attended, layer.o, deltas, n, "o")
-            if self.plan.fuse_gates and deltas is None:
+            if deltas is None:
                 width = self._from_stream(
                     stream, layer.gate_up, layer.mlp_norm, torch.bfloat16, None, n, "gate_up", gate=spec.activation
                 )

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
-
 #: Inputs of a program of the first kernel, outputs of one of the second, and warps; the first is used.
 TUNINGS = ((512, 128, 4), (256, 64, 2), (1024, 256, 4))
 
@@ -56,8 +54,7 @@ def low_rank_pool(
 
 
 @triton.jit
-def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    await_previous(PDL)
+def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(1)
     adapter = tl.load(adapters + row).to(tl.int64)
     if adapter < 0:
@@ -75,9 +72,8 @@ def _shrink(x, a, parts, adapters, width, x_stride, R: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def _expand(
     y, b, scale, parts, adapters, width, y_stride,
-    PARTS: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    await_previous(PDL)
     row = tl.program_id(1)
     adapter = tl.load(adapters + row).to(tl.int64)
     if adapter < 0:
@@ -121,10 +117,9 @@ def add_low_rank(
     wide_in, wide_out, warps = tuning
     parts = lora_workspace(tokens, pool, tuning) if workspace is None else workspace
     count = triton.cdiv(inputs, wide_in)
-    how = {"num_warps": warps, **launch_options(y.device)}
-    _shrink[(count, tokens)](x, pool.a, parts, adapters, inputs, x.stride(0), R=rank, BLOCK=wide_in, **how)
+    _shrink[(count, tokens)](x, pool.a, parts, adapters, inputs, x.stride(0), R=rank, BLOCK=wide_in, num_warps=warps)
     _expand[(triton.cdiv(outputs, wide_out), tokens)](
         y, pool.b, pool.scale, parts, adapters, outputs, y.stride(0),
-        PARTS=count, PP=triton.next_power_of_2(count), R=rank, BLOCK=wide_out, **how,
+        PARTS=count, PP=triton.next_power_of_2(count), R=rank, BLOCK=wide_out, num_warps=warps,
     )  # fmt: skip
     return y

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import await_previous, launch_options, prefetch_vector
-
 #: Values of a row that a thread has; a benchmark tries them.
 PER_THREAD = (16, 8, 32)
 
@@ -20,11 +18,8 @@ PER_THREAD = (16, 8, 32)
 @triton.jit
 def _norm(
     x, residual, weight, out, eps, x_stride, residual_stride, out_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    if PDL > 0:
-        prefetch_vector(weight, WIDTH, tl.program_id(0), 256)
-    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -66,6 +61,6 @@ def _launch(
     _norm[(rows,)](
         x, added, weight, out, eps, x.stride(0), added.stride(0), out.stride(0),
         WIDTH=width, BLOCK=block, ADD=residual is not None,
-        num_warps=max(1, min(32, block // (32 * PER_THREAD[0]))), **launch_options(x.device),
+        num_warps=max(1, min(32, block // (32 * PER_THREAD[0]))),
     )  # fmt: skip
     return out

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
-
 CHUNK = 2048  # tokens of a program
 
 
@@ -37,10 +35,7 @@ class Penalties:
 
 
 @triton.jit
-def _penalize(
-    logits, repetition, frequency, presence, counts, seen, slots, width, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    await_previous(PDL)
+def _penalize(logits, repetition, frequency, presence, counts, seen, slots, width, BLOCK: tl.constexpr):
     row = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -61,8 +56,7 @@ def _penalize(
 
 
 @triton.jit
-def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    await_previous(PDL)
+def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     token = tl.load(ids + row * count + n, mask=n < count, other=-1)
@@ -72,8 +66,7 @@ def _add_bias(logits, ids, bias, width, count, BLOCK: tl.constexpr, PDL: tl.cons
 
 
 @triton.jit
-def _count(tokens, counts, seen, slots, width, PDL: tl.constexpr):
-    await_previous(PDL)
+def _count(tokens, counts, seen, slots, width):
     row = tl.program_id(0)
     token = tl.load(tokens + row)
     place = tl.load(slots + row).to(tl.int64) * width + token
@@ -85,18 +78,16 @@ def _count(tokens, counts, seen, slots, width, PDL: tl.constexpr):
 def penalize(logits: Tensor, penalties: Penalties) -> None:
     """Apply penalties, then bias, to float32 logits ``[R, V]`` in place."""
     rows, width = logits.shape
-    p, how = penalties, launch_options(logits.device)
+    p = penalties
     _penalize[(triton.cdiv(width, CHUNK), rows)](
-        logits, p.repetition, p.frequency, p.presence, p.counts, p.seen.view(torch.int8), p.slots, width,
-        BLOCK=CHUNK, **how,
-    )  # fmt: skip
+        logits, p.repetition, p.frequency, p.presence, p.counts, p.seen.view(torch.int8), p.slots, width, BLOCK=CHUNK
+    )
     if count := p.bias_ids.shape[1]:
         block = triton.next_power_of_2(count)
-        _add_bias[(rows,)](logits, p.bias_ids, p.bias, width, count, BLOCK=block, num_warps=1, **how)
+        _add_bias[(rows,)](logits, p.bias_ids, p.bias, width, count, BLOCK=block, num_warps=1)
 
 
 def count_tokens(tokens: Tensor, penalties: Penalties) -> None:
     """Let the penalties know of drawn tokens, int64 ``[R]``; -1 is none."""
     counts, seen = penalties.counts, penalties.seen.view(torch.int8)
-    how = launch_options(counts.device)
-    _count[(tokens.shape[0],)](tokens, counts, seen, penalties.slots, counts.shape[1], num_warps=1, **how)
+    _count[(tokens.shape[0],)](tokens, counts, seen, penalties.slots, counts.shape[1], num_warps=1)

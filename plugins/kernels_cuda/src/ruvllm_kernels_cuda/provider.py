@@ -70,15 +70,13 @@ class CudaKernels:
         import torch
 
         from ruvllm_kernels_cuda.decoder import CudaDecoder
-        from ruvllm_kernels_cuda.launch import LATE, OFF
         from ruvllm_kernels_cuda.layers import Plan
         from ruvllm_kernels_cuda.matmul import Thresholds
         from ruvllm_kernels_cuda.scratch import Scratch
 
         device = torch.device(self.device)
         scratch = Scratch.on(device, dense=self.settings.scratch_mib << 19)
-        overlap = LATE if self.settings.overlap_launches else OFF
-        plan = Plan(Thresholds(tiles=self.settings.tile_rows), overlap=overlap)
+        plan = Plan(Thresholds(tiles=self.settings.tile_rows))
         if not self.settings.tensor_parallel:
             return CudaDecoder(spec, weights, options, device, scratch=scratch, plan=plan)
         from ruvllm_kernels_cuda.lockstep import Leader, follow, join

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvllm_kernels_cuda.attention_tiles import INTERPRETED
-from ruvllm_kernels_cuda.launch import await_previous, launch_options
 from ruvllm_kernels_cuda.penalties import Penalties, count_tokens, penalize
 
 CHUNK = 2048
@@ -53,9 +52,8 @@ def _order(x):
 
 
 @triton.jit
-def _maxima(logits, maxima, places, width, CHUNK: tl.constexpr, PDL: tl.constexpr):
+def _maxima(logits, maxima, places, width, CHUNK: tl.constexpr):
     """The largest logit of each chunk and the first token that has it; infinity if any is not a number."""
-    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     n = tl.arange(0, CHUNK)
     column = chunk * CHUNK + n
@@ -74,12 +72,8 @@ def _top_of(maxima, row, chunks, CP: tl.constexpr):
 
 
 @triton.jit
-def _weigh(
-    logits, maxima, temperatures, weights, sums, masses, width,
-    CHUNK: tl.constexpr, CP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+def _weigh(logits, maxima, temperatures, weights, sums, masses, width, CHUNK: tl.constexpr, CP: tl.constexpr):
     """Weights at the row's temperature, the sum of them, and the sum at temperature 1, float64, of each chunk."""
-    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     chunks = tl.num_programs(0)
     top = _top_of(maxima, row, chunks, CP)
@@ -125,10 +119,8 @@ def _search(
     logits, weights, limits, shares, totals, before, after, bases, next_bases, width,
     FIRST: tl.constexpr, LAST: tl.constexpr, SHIFT: tl.constexpr, OLD_SHIFT: tl.constexpr,
     BY_COUNT: tl.constexpr, CHUNK: tl.constexpr, CP: tl.constexpr, SUB: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass: what the last one found becomes the base, and sums above 64 thresholds from there on are made."""
-    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     chunks = (width + CHUNK - 1) // CHUNK
     goal, active = _goal(row, limits, shares, totals, chunks, CP, BY_COUNT, width)
@@ -160,10 +152,9 @@ def _search(
 @triton.jit
 def _tally(
     logits, weights, count_bases, mass_bases, min_shares, above, kept, counts, ties, tie_weights, width,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Of each chunk: mass above the threshold, what min-p keeps of it, its tokens, and the tokens at the threshold."""
-    await_previous(PDL)
     row, chunk = tl.program_id(1), tl.program_id(0)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < width
@@ -189,11 +180,8 @@ def _within_count(row, limits, counts, chunks, CP: tl.constexpr):
 
 
 @triton.jit
-def _total_of_top(
-    limits, above, counts, ties, tie_weights, masses, totals, chunks, CP: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def _total_of_top(limits, above, counts, ties, tie_weights, masses, totals, chunks, CP: tl.constexpr):
     """The mass of the k likeliest instead of that of all, where k is set: what top-p is a share of."""
-    await_previous(PDL)
     row = tl.program_id(0)
     c = tl.arange(0, CP)
     at = row * chunks + c
@@ -211,10 +199,9 @@ def _total_of_top(
 def _draw(
     logits, weights, maxima, places, sums, temperatures, limits, shares, totals, min_shares, uniforms,
     count_bases, mass_bases, above, kept, counts, ties, tie_weights, tokens, logprobs, width,
-    CHUNK: tl.constexpr, CP: tl.constexpr, SAMPLED: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CP: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """The token of a row: the likeliest if greedy, otherwise the first, in the order of ids, to reach the uniform."""
-    await_previous(PDL)
     row = tl.program_id(0)
     chunks = (width + CHUNK - 1) // CHUNK
     c = tl.arange(0, CP)
@@ -311,11 +298,10 @@ def sample(
     count, width = logits.shape
     chunks = triton.cdiv(width, CHUNK)
     w, grid, cp = workspace, (chunks, count), triton.next_power_of_2(chunks)
-    how = launch_options(logits.device)
-    _maxima[grid](logits, w.maxima, w.places, width, CHUNK=CHUNK, **how)
+    _maxima[grid](logits, w.maxima, w.places, width, CHUNK=CHUNK)
     given = rows or SamplingRows(w.sums, w.sums, w.sums, w.sums, w.sums)  # of which nothing is read
     temperature = w.greedy if rows is None else rows.temperature
-    _weigh[grid](logits, w.maxima, temperature, w.weights, w.sums, w.masses, width, CHUNK=CHUNK, CP=cp, **how)
+    _weigh[grid](logits, w.maxima, temperature, w.weights, w.sums, w.masses, width, CHUNK=CHUNK, CP=cp)
     count_base = mass_base = w.none
     totals = w.masses
     tallied = w.above, w.kept, w.counts, w.ties, w.tie_weights
@@ -323,18 +309,18 @@ def sample(
         if top_k:
             count_base = _threshold(logits, rows, w, totals, cp, by_count=True)
         if top_k and top_p:
-            _tally[grid](logits, w.weights, count_base, w.none, rows.min_p, *tallied, width, CHUNK=CHUNK, **how)
+            _tally[grid](logits, w.weights, count_base, w.none, rows.min_p, *tallied, width, CHUNK=CHUNK)
             _total_of_top[(count,)](
-                rows.top_k, w.above, w.counts, w.ties, w.tie_weights, w.masses, w.totals, chunks, CP=cp, **how
+                rows.top_k, w.above, w.counts, w.ties, w.tie_weights, w.masses, w.totals, chunks, CP=cp
             )
             totals = w.totals
         if top_p:
             mass_base = _threshold(logits, rows, w, totals, cp, by_count=False)
-        _tally[grid](logits, w.weights, count_base, mass_base, rows.min_p, *tallied, width, CHUNK=CHUNK, **how)
+        _tally[grid](logits, w.weights, count_base, mass_base, rows.min_p, *tallied, width, CHUNK=CHUNK)
     _draw[(count,)](
         logits, w.weights, w.maxima, w.places, w.sums, temperature, given.top_k, given.top_p, totals, given.min_p,
         given.uniform, count_base, mass_base, *tallied, w.tokens, w.logprobs, width,
-        CHUNK=CHUNK, CP=cp, SAMPLED=rows is not None, num_warps=8, **how,
+        CHUNK=CHUNK, CP=cp, SAMPLED=rows is not None, num_warps=8,
     )  # fmt: skip
     if penalties is not None:
         count_tokens(w.tokens[:count], penalties)
@@ -353,6 +339,6 @@ def _threshold(
             logits, w.weights, rows.top_k, rows.top_p, totals, w.partials[(n + 1) % 2], w.partials[n % 2],
             bases[(n + 1) % 2], bases[n % 2], width,
             FIRST=n == 0, LAST=last, SHIFT=0 if last else SHIFTS[n], OLD_SHIFT=SHIFTS[n - 1] if n else 0,
-            BY_COUNT=by_count, CHUNK=CHUNK, CP=cp, SUB=SUB, **launch_options(logits.device),
+            BY_COUNT=by_count, CHUNK=CHUNK, CP=cp, SUB=SUB,
         )  # fmt: skip
     return bases[len(SHIFTS) % 2]

@@ -11,8 +11,6 @@ class CudaSettings(BaseModel):
     Attributes:
         tile_rows: up to how many tokens at once are multiplied with packed weights; for more a matrix is unpacked to
             bfloat16 first and cuBLAS multiplies.
-        overlap_launches: let kernels begin before the ones ahead of them have ended, from compute capability 9.0 on;
-            the results should be the same bits. It is off because nobody has measured it on a GPU yet.
         scratch_mib: memory for unpacked weights, in MiB; what does not fit is unpacked and multiplied piece by piece.
         tensor_parallel: be one of the processes that ``torchrun`` has started, each with a GPU and a part of the model.
     """
@@ -20,6 +18,5 @@ class CudaSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tile_rows: int = Field(256, ge=0)
-    overlap_launches: bool = False
     scratch_mib: int = Field(256, ge=16)
     tensor_parallel: bool = False
