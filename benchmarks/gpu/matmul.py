@@ -123,7 +123,7 @@ def compile_all(jobs: Iterable[tuple[str, int, Way]]) -> list[str]:
         return [problem for problem in pool.map(compile_one, jobs) if problem]
 
 
-def measure(run: Callable[[int], None], turns: int, repeats: int = 3) -> float:
+def measure(run: Callable[[int], object], turns: int, repeats: int = 3) -> float:
     """Seconds of one `run`: the median of replays of a graph with `turns` of them."""
     for turn in range(min(turns, 2)):  # everything is loaded before it is captured
         run(turn)

@@ -17,7 +17,7 @@ from ruvllm_core.model.quant import SCHEMES, QuantTensor
 from ruvllm_kernels_cuda.gemm import TileConfig, gemm, tile_config_for
 from ruvllm_kernels_cuda.gemv import Config, config_for, gemv
 from ruvllm_kernels_cuda.matmul import Thresholds, matmul
-from ruvllm_kernels_cuda.packing import LAYOUTS, pack
+from ruvllm_kernels_cuda.packing import LAYOUTS, PackedPart, pack
 from ruvllm_kernels_cuda.scratch import Scratch
 
 Make = Callable[..., QuantTensor]
@@ -183,8 +183,6 @@ def test_shapes_that_do_not_fit(
 @pytest.mark.parametrize("scheme", ["q4_k", "q6_k", "bf16"])
 def test_rules_fill_the_processors_and_stay_in_bounds(rows: int, scheme: str) -> None:
     """Of a matrix that exists only as a shape."""
-    from ruvllm_kernels_cuda.packing import PackedPart
-
     part = PackedPart(scheme, 0, rows, 3584, torch.empty(0))
     for count in (1, 2, 4):
         found = config_for(part, count, 132)
@@ -198,11 +196,42 @@ def test_rules_fill_the_processors_and_stay_in_bounds(rows: int, scheme: str) ->
         assert 1 <= tiles.split <= part.records
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "best"),
+    [
+        (4608, 3584, Config(2, 4, 4)),
+        (3584, 3584, Config(2, 4, 4)),
+        (37888, 3584, Config(4, 2, 4)),
+        (3584, 18944, Config(2, 4, 8)),
+    ],
+)
+def test_the_rule_has_what_was_best_on_an_h100(rows: int, columns: int, best: Config) -> None:
+    assert config_for(PackedPart("q4_k", 0, rows, columns, torch.empty(0)), 1, 132) == best
+
+
+@pytest.mark.parametrize("processors", [1, 56, 132, 264])
+@pytest.mark.parametrize("scheme", ["q4_k", "q6_k"])
+def test_splits_of_the_rule_fit_records_and_scratch(scheme: str, processors: int) -> None:
+    """As many as there are records for each warp of, and partial sums and counters that `Scratch` has room for."""
+    scratch = Scratch.on("meta")
+    for rows, columns in ((64, 288), (3584, 18944), (37888, 3584), (57344, 8192), (152064, 3584), (262144, 3840)):
+        part = PackedPart(scheme, 0, rows, columns, torch.empty(0))
+        for count in (1, 2, 4):
+            found = config_for(part, count, processors)
+            assert (found.split - 1) * found.warps < part.records
+            if found.split > 1:
+                assert found.split * count * rows <= scratch.partial.numel()
+                assert -(-rows // (32 * found.repeat)) <= scratch.arrived.numel()
+            if rows >= 152064 and processors == 132:
+                assert found.split == 1
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize(
     ("schemes", "count", "config"),
     [
         (("q4_k",), 1, Config(4, 2, 2)),
+        (("q4_k",), 1, Config(4, 2, 4)),  # more pieces than records
         (("q6_k",), 2, Config(2, 2, 1)),
         (("q8_0",), 1, Config(2, 1, 3)),
         (("bf16",), 3, Config(8, 2, 1)),
