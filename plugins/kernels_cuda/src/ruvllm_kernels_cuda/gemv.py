@@ -38,7 +38,7 @@ class Config:
 #: What a benchmark should try; each with several splits.
 CANDIDATES = tuple(Config(repeat, warps) for repeat in (1, 2, 4) for warps in (2, 4, 8))
 FLOAT_CANDIDATES = tuple(Config(repeat, warps) for repeat in (2, 4, 8) for warps in (2, 4, 8))
-_WARPS = 16  # for each multiprocessor, which has room for 64
+_WARPS = 16  # for each multiprocessor; those of an H100 have room for 64
 _MOST_PIECES = 8  # of a row's columns: nobody has measured more
 
 
@@ -46,9 +46,9 @@ def config_for(part: PackedPart, count: int, processors: int) -> Config:
     """A configuration by rule: enough warps for every multiprocessor, as long as there are records for them.
 
     What is best for one row of activations was measured on an H100 (132 multiprocessors) with q4_k matrices of
-    Qwen2.5-7B, by `benchmarks/product_bench.py`: repeat 2, warps 4, split 4 for 4608 x 3584 and 3584 x 3584, split 8
-    for 3584 x 18944; repeat 4, warps 2, split 4 for the gates, 37888 x 3584. The rule gives these. For other sizes and
-    schemes, several rows and other devices it is reasoned.
+    Qwen2.5-7B, by the ranking that is in `benchmarks/product_bench.py`: repeat 2, warps 4, split 4 for 4608 x 3584 and
+    3584 x 3584, split 8 for 3584 x 18944; repeat 4, warps 2, split 4 for the gates, 37888 x 3584. The rule gives these.
+    For other sizes and schemes, several rows and other devices it is reasoned.
     """
     if part.layout is None:
         return Config(repeat=8 if part.rows >= 8 * 2 * processors else 4, warps=4)
