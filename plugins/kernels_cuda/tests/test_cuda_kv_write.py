@@ -31,9 +31,10 @@ def test_rotate_and_write(device, scheme, heads, kv_heads, dim, rope_half, inter
     angles = torch.randn(2, 11, rope_half)
     if scheme == "fp8":  # which holds whole numbers up to 16, so that nothing is rounded: quarter turns of them
         qkv, bias, angles = (qkv * 2).round().clamp(-8, 8), bias.round(), (angles * 2).round() * (torch.pi / 2)
-    tables = RotaryTables(
-        angles.cos().round(decimals=6).to(device), angles.sin().round(decimals=6).to(device), interleaved
-    )
+    cos, sin = angles.cos(), angles.sin()
+    if scheme == "fp8":
+        cos, sin = cos.round(), sin.round()
+    tables = RotaryTables(cos.to(device), sin.to(device), interleaved)
     positions, variants = torch.tensor([0, 10, 3, 4, 1, 2]), torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.uint8)
     slots = torch.tensor([19, 0, 7, 6, -1, 13])
     args = (x.to(device) for x in (slots, positions))

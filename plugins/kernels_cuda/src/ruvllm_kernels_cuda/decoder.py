@@ -21,7 +21,8 @@ from ruvllm_kernels_cuda.advance import advance
 from ruvllm_kernels_cuda.draws import Drawing, Draws, changes_logits, sampling_fields, sampling_rows
 from ruvllm_kernels_cuda.graphs import Graphs, bucket_of
 from ruvllm_kernels_cuda.inputs import StepBuffers, StepShape, shape_of
-from ruvllm_kernels_cuda.layers import Layers, Plan
+from ruvllm_kernels_cuda.layers import Layers
+from ruvllm_kernels_cuda.matmul import Thresholds
 from ruvllm_kernels_cuda.parallel import TensorParallel
 from ruvllm_kernels_cuda.rotary import rotary_tables
 from ruvllm_kernels_cuda.sampling import SamplingWorkspace, sample
@@ -55,7 +56,7 @@ class CudaDecoder:
         device: torch.device,
         *,
         scratch: Scratch | None = None,
-        plan: Plan | None = None,
+        thresholds: Thresholds | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         self._parallel: TensorParallel | None = None
@@ -71,9 +72,9 @@ class CudaDecoder:
         self._max_context = options.max_context
         tables = rotary_tables(spec, options.max_context, device)
         self._several_tables = len(tables.cos) > 1
-        plan = plan or Plan()
+        scratch, thresholds = scratch or Scratch.on(device), thresholds or Thresholds()
         self._layers: Layers | None = Layers(
-            spec, loaded, tables, scratch or Scratch.on(device), options.max_context, plan, self._parallel
+            spec, loaded, tables, scratch, options.max_context, thresholds, self._parallel
         )
         self._adapters = AdapterPools(spec, device)
         self._draws = Draws(spec.vocab_size)

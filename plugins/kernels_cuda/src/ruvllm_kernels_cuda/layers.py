@@ -10,7 +10,7 @@ On several GPUs (`parallel.py`) the two products that add to the stream are summ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,19 +38,6 @@ from ruvllm_kernels_cuda.weights import LayerWeights, ModelWeights, Product
 _FEW = 4  # tokens whose products are left in float32: it costs nothing
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a benchmark may change.
-
-    Attributes:
-        thresholds: which kernel computes which product.
-        fuse_norms: compute norms inside products where these can.
-    """
-
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    fuse_norms: bool = True
-
-
 @dataclass(eq=False)
 class _Stream:
     """The residual stream, float32 ``[T, C]``, and what has still to be added to it, if anything."""
@@ -75,10 +62,10 @@ class Layers:
         tables: RotaryTables,
         scratch: Scratch,
         max_context: int,
-        plan: Plan,
+        thresholds: Thresholds,
         parallel: TensorParallel | None = None,
     ) -> None:
-        self.spec, self.weights, self.plan, self._parallel = spec, weights, plan, parallel
+        self.spec, self.weights, self._thresholds, self._parallel = spec, weights, thresholds, parallel
         self._tables, self._scratch, self._max_context = tables, scratch, max_context
         self._key_biases: list[KeyBias | None] = [None] * spec.num_layers
 
@@ -127,7 +114,7 @@ class Layers:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits float32 ``[R, V]`` of states ``[R, C]``."""
-        out = matmul(hidden, self.weights.head, self._scratch, dtype=torch.float32, thresholds=self.plan.thresholds)
+        out = matmul(hidden, self.weights.head, self._scratch, dtype=torch.float32, thresholds=self._thresholds)
         if self._parallel is not None:
             out = self._parallel.gather_logits(out)
         if (cap := self.spec.logit_softcap) is not None:
@@ -139,10 +126,10 @@ class Layers:
         deltas: Deltas | None, n: int, site: str, biased: bool = True, gate: str | None = None,
     ) -> Tensor:  # fmt: skip
         """A product with the norm of the stream; gated, if there are no deltas, which come before gates."""
-        eps, limits = self.spec.norm_eps, self.plan.thresholds
+        eps, limits = self.spec.norm_eps, self._thresholds
         how = {"dtype": dtype, "bias": product.bias if biased else None, "gate": gate, "thresholds": limits}
-        fused = self.plan.fuse_norms and deltas is None and stream.pending is None
-        if fused and _rows_of_vector(product.matrix, limits) >= len(stream.residual):
+        plain = deltas is None and stream.pending is None
+        if plain and _rows_of_vector(product.matrix, limits) >= len(stream.residual):
             return matmul(stream.residual, product.matrix, self._scratch, norm=norm, eps=eps, **how)  # type: ignore[arg-type]
         if stream.pending is None:
             x = rms_norm(stream.residual, norm, eps)
@@ -157,7 +144,7 @@ class Layers:
         self, stream: _Stream, x: Tensor, product: Product, deltas: Deltas | None, n: int, site: str
     ) -> None:
         """A product that is added to the stream, at once or with the next norm."""
-        limits = self.plan.thresholds
+        limits = self._thresholds
         ours = len(x) <= _rows_of_kernels(product.matrix, limits)
         if ours and self._parallel is None:
             residual = stream.residual

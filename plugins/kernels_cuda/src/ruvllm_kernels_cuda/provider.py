@@ -70,19 +70,18 @@ class CudaKernels:
         import torch
 
         from ruvllm_kernels_cuda.decoder import CudaDecoder
-        from ruvllm_kernels_cuda.layers import Plan
         from ruvllm_kernels_cuda.matmul import Thresholds
         from ruvllm_kernels_cuda.scratch import Scratch
 
         device = torch.device(self.device)
         scratch = Scratch.on(device, dense=self.settings.scratch_mib << 19)
-        plan = Plan(Thresholds(tiles=self.settings.tile_rows))
+        thresholds = Thresholds(tiles=self.settings.tile_rows)
         if not self.settings.tensor_parallel:
-            return CudaDecoder(spec, weights, options, device, scratch=scratch, plan=plan)
+            return CudaDecoder(spec, weights, options, device, scratch=scratch, thresholds=thresholds)
         from ruvllm_kernels_cuda.lockstep import Leader, follow, join
 
         group, calls = join(device)
-        decoder = CudaDecoder(spec, weights, options, device, scratch=scratch, plan=plan, group=group)
+        decoder = CudaDecoder(spec, weights, options, device, scratch=scratch, thresholds=thresholds, group=group)
         if not group.rank():
             return Leader(decoder, calls)
         follow(decoder, calls)
