@@ -28,10 +28,16 @@ class Gatekeeper:
         network: the model.
         anchors: texts that are to stay as likely as they are.
         norms: Frobenius norm of the weight at each site.
+        chats: how many of the anchors, its last ones, are conversations.
     """
 
     def __init__(
-        self, network: Network, anchors: Sequence[Sequence[int]], norms: dict[str, float], config: GateConfig
+        self,
+        network: Network,
+        anchors: Sequence[Sequence[int]],
+        norms: dict[str, float],
+        config: GateConfig,
+        chats: int = 0,
     ) -> None:
         self._network, self._anchors, self._norms, self._config = network, anchors, norms, config
         device = network.device
@@ -45,7 +51,7 @@ class Gatekeeper:
             hidden = network.hidden(self._tokens, AdapterStack({}, {}))[self._owner, self._places]
             self._base = torch.cat([torch.log_softmax(network.logits(part), -1) for part in hidden.split(_TOKENS)])
         base = self._base.gather(1, self._targets[:, None])[:, 0].cpu().numpy()
-        self._gate = _Gate(anchors, norms, config, baseline=np.split(base, self._ends))
+        self._gate = _Gate(anchors, norms, config, np.split(base, self._ends), chats)
 
     @torch.no_grad()
     def verdicts(self, stack: AdapterStack, scales: Sequence[Sequence[float]]) -> list[Verdict]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.anchors import anchor_tokens
+from ruvllm_sona.anchors import CHATS, anchor_tokens
 from ruvllm_sona.deep import DeepConfig
 from ruvllm_sona.gate import RESCUE, GateConfig
 from ruvllm_sona.learner import LearnerConfig
@@ -129,7 +129,7 @@ def _keeper(subject: Subject, own: SonaSettings) -> Gatekeeper:
     spec = subject.exact.spec
     norms = finished(weight_norms(subject.file.weights, list(linear_sites(spec)), spec.hidden_size))
     limits = GateConfig(max_mean_loss=own.max_loss, max_kl=own.max_kl)
-    return Gatekeeper(subject.exact, anchor_tokens(subject.tokenizer, own.anchors), norms, limits)
+    return Gatekeeper(subject.exact, anchor_tokens(subject.tokenizer, own.anchors), norms, limits, len(CHATS))
 
 
 def _learn(plan: Plan, fleet: Fleet, held_out: HeldOut, elsewhere: Elsewhere, say: Say) -> list[Measured]:

@@ -359,3 +359,19 @@ def test_anchors_are_texts_and_chats(open_file: Callable[[Path], ModelFile], tmp
             anchor_tokens(tokenizer, own)
     with pytest.raises(ConfigError, match="missing"):
         anchor_tokens(tokenizer, tmp_path / "missing.txt")
+
+
+def test_what_conversations_lose_is_no_harm_but_how_far_they_are_away_counts() -> None:
+    """A wish makes answers without it less likely: that is what was asked for."""
+    lost = fake([0.0, 0.0, 0.5], kl=0.1)
+    plain = drain(Gate(ANCHORS, norms()).check(lost, SMALL))
+    assert not plain.passed and plain.figures.worst_anchor == 2
+    gate = Gate(ANCHORS, norms(), chats=1)
+    verdict = drain(gate.check(lost, SMALL))
+    assert verdict.passed and verdict.figures.mean_loss == 0.0 and verdict.figures.kl == pytest.approx(0.1)
+    assert not drain(gate.check(fake([0.0, 0.5, 0.0]), SMALL)).passed
+    far = drain(gate.check(fake([0.0, 0.0, 0.5], kl=0.3), SMALL))
+    assert [reason.split()[0] for reason in far.reasons] == ["kl"]
+    for count in (-1, 3):
+        with pytest.raises(LearningError, match="texts are needed"):
+            Gate(ANCHORS, norms(), chats=count)

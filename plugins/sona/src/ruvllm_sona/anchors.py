@@ -75,7 +75,7 @@ CHATS = (
 
 
 def anchor_tokens(tokenizer: Tokenizer, file: Path | None = None) -> tuple[tuple[int, ...], ...]:
-    """The anchors as tokens, each of 2 to 128.
+    """The anchors as tokens, each of 2 to 128; the last ones are the conversations, as many as `CHATS`.
 
     Args:
         tokenizer: the model's. Conversations are plain text if it has no chat template that takes them.

@@ -49,16 +49,16 @@ class GateConfig:
     """The limits; a candidate at a limit passes.
 
     A token's log-probability moves by about the square root of twice the KL: .4 nats at .07. Over 900 tokens of anchors
-    that is a standard error of .013, more than `max_mean_loss`. So a loss has to be above its limit by more than is
+    that is a standard error of .013, nearly `max_mean_loss`. So a loss has to be above its limit by more than is
     likely to be an accident of these few texts. Four times as many tokens make the gate twice as sharp.
 
     Attributes:
-        max_mean_loss: nats per token by which the anchors, taken together, may become less likely; .01 is 1 % more
-            perplexity.
-        max_worst_loss: the same for the anchor that suffers most.
+        max_mean_loss: nats per token by which the texts among the anchors, taken together, may become less likely; .01
+            is 1 % more perplexity.
+        max_worst_loss: the same for the text that suffers most.
         sigmas: standard errors by which losses may exceed their limits; the worst anchor by as many more as it takes to
             be as sure of it, since it was picked from all.
-        max_kl: nats per token between the adapted and the base model, mean over the anchors.
+        max_kl: nats per token between the adapted and the base model, mean over all anchors.
         max_relative_norm: of a site's delta, Frobenius, over that of the weight it is added to.
         min_effect: nats per token by which good answers have to gain on bad ones. Only a candidate that is below with
             two standard errors fails, and only where there are four answers of either kind.
@@ -83,10 +83,10 @@ class Figures:
     """What was measured; None is what was not, because the candidate had failed before or there was nothing to measure.
 
     Attributes:
-        mean_loss: nats per token that the anchors lost, `mean_loss_error` its standard error over tokens.
-        worst_loss: that of the anchor which is most surely above others, the one with number `worst_anchor`.
+        mean_loss: nats per token that texts lost, `mean_loss_error` its standard error over tokens.
+        worst_loss: that of the text which is most surely above others, the one with number `worst_anchor`.
         worst_loss_error: the standard error of it.
-        kl: nats per token on the anchors.
+        kl: nats per token on all anchors.
         effect: nats per token that good answers gained more than bad ones, `effect_error` its standard error over
             answers.
         relative_norm: the largest, which is at `largest_site`.
@@ -141,6 +141,9 @@ class Gate:
         weight_norms: Frobenius norm of the weight at each site that may have a delta.
         config: the limits.
         baseline: what `baseline` gave for the same model and anchors; measured at the first check if left out.
+        chats: how many of the anchors, its last ones, are conversations. How these are answered is what feedback is to
+            change: whoever asks for lists makes an answer without one less likely. So their loss is no harm, and they
+            count in `kl` alone.
     """
 
     def __init__(
@@ -149,13 +152,16 @@ class Gate:
         weight_norms: Mapping[str, float],
         config: GateConfig | None = None,
         baseline: Sequence[FloatArray] | None = None,
+        chats: int = 0,
     ) -> None:
         if not anchors or min(map(len, anchors)) < 2:
             raise LearningError("the gate needs anchor texts of at least two tokens each")
+        if not 0 <= chats < len(anchors):
+            raise LearningError(f"of {len(anchors)} anchors {chats} cannot be conversations: texts are needed, too")
         self.config, self._anchors, self._norms = config or GateConfig(), anchors, weight_norms
-        self._baseline = None if baseline is None else list(baseline)
+        self._baseline, self._texts = None if baseline is None else list(baseline), len(anchors) - chats
         normal = NormalDist()
-        self._sigmas_of_worst = -normal.inv_cdf(normal.cdf(-self.config.sigmas) / len(anchors))
+        self._sigmas_of_worst = -normal.inv_cdf(normal.cdf(-self.config.sigmas) / self._texts)
         if baseline is not None and [len(one) + 1 for one in baseline] != [len(one) for one in anchors]:
             raise LearningError("the baseline of the gate belongs to other anchors", hint="have it measured again")
 
@@ -215,7 +221,7 @@ class Gate:
                 raise LearningError("the base model itself gives anchors a probability that is not finite")
             self._baseline = [one.logprobs for one in base]
         found = yield from _run(measure, deltas, self._anchors)
-        pairs = zip(self._baseline, found, strict=True)
+        pairs = zip(self._baseline[: self._texts], found[: self._texts], strict=True)
         losses = [np.subtract(before, after.logprobs, dtype=np.float64) for before, after in pairs]
         with np.errstate(invalid="ignore"):
             means = np.array([loss.mean() for loss in losses])

@@ -15,7 +15,7 @@ from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_core.errors import LearningError
 from ruvllm_core.log import get_logger
 from ruvllm_core.protocols import LearningContext
-from ruvllm_sona.anchors import anchor_tokens
+from ruvllm_sona.anchors import CHATS, anchor_tokens
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.frames import Record
 from ruvllm_sona.gate import RESCUE, Gate, GateConfig, Verdict
@@ -323,7 +323,8 @@ class Study:
             sites = list(linear_sites(self._context.spec))
             norms = yield from weight_norms(self._context.weights, sites, self._context.spec.hidden_size)
             limits = GateConfig(max_mean_loss=self._settings.max_loss, max_kl=self._settings.max_kl)
-            self._gate = Gate((yield from self._anchors()), norms, limits)
+            chats = 0 if self._context.tokenizer is None else len(CHATS)
+            self._gate = Gate((yield from self._anchors()), norms, limits, chats=chats)
         return (yield from self._gate.check(measure, candidate, scales=scales))
 
     def _network(self) -> Work[tuple[Network, NetworkMeasure]]:
