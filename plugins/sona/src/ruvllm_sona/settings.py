@@ -46,7 +46,7 @@ class SonaSettings(BaseModel):
     rank: int = Field(1, ge=1, le=64)
     learning_rate: float = Field(3e-3, gt=0.0, le=1.0)
     average: int = Field(40, ge=1)
-    leash: float = Field(0.06, ge=0.0)
+    leash: float = Field(0.07, ge=0.0)
     text_leash: float = Field(0.18, ge=0.0)
     ewc: float = Field(1.0, ge=0.0, le=1e6, allow_inf_nan=False)
     consolidate_every: int = Field(200, ge=1)
