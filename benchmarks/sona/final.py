@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_sona.adapters import AdapterStack
+from ruvllm_sona.gate import PREVIEW
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network, padded
@@ -19,7 +21,7 @@ from ruvllm_sona.trace import Trace
 from sona.cells import Cell
 from sona.controls import ORIGINAL
 from sona.gating import Gatekeeper
-from sona.lockstep import Fleet
+from sona.lockstep import Fleet, picked
 from sona.subject import Subject
 
 #: The original's example: `lora.apply_updates(0.01)`.
@@ -27,14 +29,14 @@ _ORIGINAL_RATE = 0.01
 
 
 class FinalFleet(Fleet):
-    """One `MicroLoRA` a cell, told each verdict at once; what does not pass the gate is taken back.
+    """One `MicroLoRA` a cell, told each verdict at once; what does not pass the gate is made smaller or taken back.
 
     Nothing gates the original's rule. Raises ValueError for a model that caps its logits.
     """
 
     def __init__(
         self, subject: Subject, cells: Sequence[Cell], config: MicroLoRAConfig,
-        feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None,
+        feedback: int, max_tokens: int, at_once: int, keeper: Gatekeeper | None = None, preview_kl: float = math.inf,
     ) -> None:  # fmt: skip
         if subject.exact.spec.logit_softcap is not None:
             raise ValueError("the curvature of a trace is worked out for logits without a cap only")
@@ -43,7 +45,7 @@ class FinalFleet(Fleet):
         super().__init__(subject, cells, shapes, starts, feedback, max_tokens, at_once, keeper)
         self.stack.scales[FINAL_SITE] = config.scale
         self._micros = [MicroLoRA(replace(config, seed=cell.seed)) for cell in self.cells]
-        self._accepted = [micro.version for micro in self._micros]
+        self._accepted, self._preview_kl = [micro.version for micro in self._micros], preview_kl
 
     @torch.no_grad()
     def _learn(self, examples: Sequence[Example]) -> None:
@@ -59,15 +61,26 @@ class FinalFleet(Fleet):
                 b[n].copy_(torch.from_numpy(micro.current.b))
         if self._keeper is None:
             return
-        verdicts = self._keeper.verdicts(self.stack, [(1.0,)] * len(self.cells))
-        for n, (cell, micro, verdict) in enumerate(zip(self.cells, self._micros, verdicts, strict=True)):
-            if cell.arm == ORIGINAL:
-                continue
-            if verdict.passed:
-                self._accepted[n] = micro.version
-            elif micro.version != self._accepted[n]:
-                micro.rollback(self._accepted[n])
-                self.refused[n] += 1
+        moved = [n for n, micro in enumerate(self._micros) if micro.version != self._accepted[n]]
+        for part in PREVIEW:
+            if not moved:
+                break
+            left = []
+            for n, verdict in zip(
+                moved, self._keeper.verdicts(picked(self.stack, moved), [(part,)] * len(moved)), strict=True
+            ):
+                if not verdict.passed or (verdict.figures.text_kl or 0.0) > self._preview_kl:
+                    left.append(n)
+                    continue
+                if part != 1.0:
+                    self._micros[n].shrink(part)
+                self._accepted[n] = self._micros[n].version
+            moved = left
+        for n in moved:
+            self._micros[n].rollback(self._accepted[n])
+            self.refused[n] += 1
+        for n, micro in enumerate(self._micros):
+            if self.cells[n].arm != ORIGINAL:
                 a[n].copy_(torch.from_numpy(micro.current.a))
                 b[n].copy_(torch.from_numpy(micro.current.b))
 

@@ -103,7 +103,7 @@ def run(plan: Plan, say: Say, save: Callable[[dict[str, Any]], None]) -> dict[st
         width = subject.exact.spec.hidden_size
         micro = MicroLoRAConfig(width, own.instant_rank, learning_rate=own.instant_rate, trust_nats=own.trust_nats)
         last, at_once = plan.checkpoints[-1], plan.train_at_once
-        final = FinalFleet(subject, cells, micro, last, plan.max_tokens, at_once, keeper)
+        final = FinalFleet(subject, cells, micro, last, plan.max_tokens, at_once, keeper, own.preview_kl)
         rows += _learn(plan, final, held_out, elsewhere, say)
         save(_report(plan, subject, own, rows))
     if cells := plan.cells(controls.DEEP):

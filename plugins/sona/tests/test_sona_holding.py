@@ -22,6 +22,7 @@ from ruvllm_sona.chain import Entry
 from ruvllm_sona.command_report import held_here
 from ruvllm_sona.curvature import normalized
 from ruvllm_sona.files import load_tensors, save_tensors
+from ruvllm_sona.gate import PREVIEW
 from ruvllm_sona.holding import Holding, digest, load, save
 from ruvllm_sona.learner import Learner, LearnerConfig
 from ruvllm_sona.looking import AnswerProbe
@@ -477,6 +478,46 @@ def test_a_preview_that_harms_anchors_is_taken_back_and_another_stays(rigs) -> N
         rejected = [one for one in entries(rig) if one.action == "reject"]
         assert len(rejected) == 1 and rejected[0].actor == "instant" and "kl is" in rejected[0].note
         assert rejected[0].after == good.version != rejected[0].before
+
+    rig.on(go)
+
+
+def test_a_preview_that_goes_too_far_on_texts_is_made_smaller(rigs) -> None:
+    """Its divergence, on top of what is published, against one that is worked out here."""
+    rig = rigs()
+    teach(rig, ANSWERS[:2])
+    answers = [rig.answer(seed=seed) for seed in range(2)]
+
+    def away(deltas, anchors) -> float:
+        work = rig.loop.study._made[1](deltas, anchors)
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                return float(np.concatenate([one.kl for one in end.value]).mean())
+
+    def go() -> None:
+        study, own = rig.loop.study, rig.loop.tenant().brain(0)
+        rig.loop.feedback(answers[0].request_id, 1.0)
+        judged(rig)
+        assert own.away is not None and not own.unjudged
+        anchors = study._gate._anchors[: study._gate._texts]
+        before, whole = own.micro.current, own.micro.version
+        assert away(own.published, anchors) == pytest.approx(own.away, rel=1e-3)
+        added = away(own.adapter().sites, anchors) - own.away
+        assert added > 0.0
+        study._settings = study._settings.model_copy(update={"preview_kl": added / 2})
+        own.accepted = ""
+        judged(rig)
+        after = own.micro.current
+        parts = [part for part in PREVIEW if np.array_equal(after.b, before.b * np.float32(part))]
+        assert len(parts) == 1 and parts[0] < 1.0 and own.micro.version == own.accepted != whole
+        assert 0.0 < away(own.adapter().sites, anchors) - own.away <= added / 2 * 1.001
+        study._settings = study._settings.model_copy(update={"preview_kl": 0.0})
+        own.accepted = ""
+        judged(rig)
+        assert not np.any(own.micro.current.b)
+        assert "on texts" in entries(rig)[-1].note
 
     rig.on(go)
 

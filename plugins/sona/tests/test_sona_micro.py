@@ -207,6 +207,17 @@ def test_what_changes_nothing_is_not_called_applied() -> None:
         micro.learn(dataclasses.replace(trace, a=trace.a[:1]), 1.0)
 
 
+def test_shrinking_is_a_version_of_its_own() -> None:
+    micro = MicroLoRA(config(), name="u")
+    assert micro.learn(Answer(micro).trace(micro), 1.0).applied
+    whole, baseline = micro.current, micro.stats().baseline
+    micro.shrink(0.5)
+    assert micro.version == "u.2" and micro.stats().baseline == baseline
+    assert np.array_equal(micro.current.b, whole.b / 2) and np.array_equal(micro.current.a, whole.a)
+    micro.rollback("u.1")
+    assert numbers(micro.current) == numbers(whole)
+
+
 def test_versions_and_rollback() -> None:
     micro = MicroLoRA(config(keep=4), name="u")
     seen = {micro.version: numbers(micro.current)}

@@ -44,6 +44,7 @@ class Brain:
         holding: what it must not forget; None if `ewc` is 0.
         accepted: version of the preview that the gate has let pass last; empty is none.
         begun: another object whenever the preview begins anew.
+        away: nats a token from the base model to what is published, on anchor texts; None before it was measured.
         life: another object after `rollback` and `clear`; work begun in an earlier life must change nothing.
     """
 
@@ -66,6 +67,7 @@ class Brain:
         self._adapter: Adapter | None = None
         self._learner: Learner | None = None
         self._saved: Mapping[str, FloatArray] | None = None
+        self.away: float | None = None
         self.number = self.versions.current
         self._set_base(self.versions.load(self.number))
 
@@ -157,7 +159,7 @@ class Brain:
 
     def adopt(self, number: int, deltas: Deltas, covers: int) -> None:
         """Requests from now on run with the version just published, and the preview of what it has learned is gone."""
-        self.number, self._published = number, dict(deltas)
+        self.number, self._published, self.away = number, dict(deltas), None
         self.settle(covers)
         self.forget_preview()
 
@@ -228,7 +230,7 @@ class Brain:
     def _set_base(self, deltas: Deltas) -> None:
         """Learning starts from `deltas`. Of the learner's own kind they become its factors, for what lies below adds
         its rank to every version to come."""
-        self._published = dict(deltas)
+        self._published, self.away = dict(deltas), None
         self._learner, self._saved = None, None
         self._below: Deltas = self._published
         sites = linear_sites(self._spec)

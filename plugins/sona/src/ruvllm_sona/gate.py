@@ -22,6 +22,7 @@ from ruvllm_sona.sites import Deltas
 Tokens = Sequence[int]
 _LEAST = 4  # good and bad answers each, for an effect to be more than luck
 RESCUE = (1.0, 0.5, 0.25)  # scales of a candidate, the largest that passes wins
+PREVIEW = (1.0, 0.8, 0.6, 0.4, 0.2)  # the same of a preview, which is often at its limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class Figures:
         mean_loss: nats per token that texts lost, `mean_loss_error` its standard error over tokens.
         worst_loss: that of the text which is most surely above others, the one with number `worst_anchor`.
         worst_loss_error: the standard error of it.
-        kl: nats per token on all anchors.
+        kl: nats per token on all anchors, `text_kl` on texts alone.
         effect: nats per token that good answers gained more than bad ones, `effect_error` its standard error over
             answers.
         relative_norm: the largest, which is at `largest_site`.
@@ -101,6 +102,7 @@ class Figures:
     worst_loss_error: float | None = None
     worst_anchor: int | None = None
     kl: float | None = None
+    text_kl: float | None = None
     effect: float | None = None
     effect_error: float | None = None
     tokens: int = 0
@@ -228,7 +230,7 @@ class Gate:
             errors = np.array([_standard_error(loss) for loss in losses])
             sure = means - self._sigmas_of_worst * errors
         worst = int(np.argmax(np.where(np.isnan(sure), np.inf, sure)))
-        every, kl = np.concatenate(losses), np.concatenate([one.kl for one in found]).astype(np.float64)
+        every, far = np.concatenate(losses), [one.kl.astype(np.float64) for one in found]
         with np.errstate(invalid="ignore"):
             mean = float(every.mean())
         return replace(
@@ -238,7 +240,8 @@ class Gate:
             worst_loss=float(means[worst]),
             worst_loss_error=float(errors[worst]),
             worst_anchor=worst,
-            kl=float(kl.mean()),
+            kl=float(np.concatenate(far).mean()),
+            text_kl=float(np.concatenate(far[: self._texts]).mean()),
         )
 
     def _failures(self, figures: Figures) -> list[str]:

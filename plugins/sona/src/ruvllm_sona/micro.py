@@ -12,7 +12,7 @@ import math
 import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -240,6 +240,12 @@ class MicroLoRA:
             self._state = self._kept[version]
             self._clear()
 
+    def shrink(self, part: float) -> None:
+        """Put a new version in force whose delta is `part` of the one that is."""
+        with self._lock:
+            delta = self._state.delta
+            self._put(replace(delta, b=delta.b * np.float32(part)), self._state.baseline)
+
     def stats(self) -> MicroStats:
         """How it stands."""
         state, kept = self._state, tuple(self._kept)
@@ -319,14 +325,18 @@ class MicroLoRA:
             nats = _along(a, b, old, new_a, new_b)
         if np.array_equal(new_b, old.b) and np.array_equal(new_a, old.a):
             return self._refuse("the step is too small to change a number")
-        self._number += 1
         self._updates += 1
-        state = _State(LowRank(new_a, new_b, old.scale), f"{self._name}.{self._number}", baseline)
+        self._put(LowRank(new_a, new_b, old.scale), baseline)
+        return Step(True, self._state.version, nats=nats if limit is not None else None)
+
+    def _put(self, delta: LowRank, baseline: float) -> None:
+        """A new version, in force from now on; the oldest ones are not kept any more."""
+        self._number += 1
+        state = _State(delta, f"{self._name}.{self._number}", baseline)
         kept = {**self._kept, state.version: state}
-        for version in list(kept)[: max(len(kept) - config.keep, 0)]:
+        for version in list(kept)[: max(len(kept) - self.config.keep, 0)]:
             del kept[version]
         self._kept, self._state = kept, state
-        return Step(True, state.version, nats=nats if limit is not None else None)
 
     def _refuse(self, reason: str) -> Step:
         self._refused += 1

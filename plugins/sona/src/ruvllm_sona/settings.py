@@ -14,6 +14,7 @@ class SonaSettings(BaseModel):
     Attributes:
         instant: change the adapter after the last norm while feedback is given, as a preview of what comes.
         instant_rank, instant_rate, trust_nats: of that preview (see `MicroLoRAConfig`).
+        preview_kl: nats a token on anchor texts that it may add to what is published.
         background: learn through the whole network in idle time. Without it the preview is all there is.
         rank, learning_rate: of the adapter in every linear layer; one step of Adam for each feedback.
         average: what is published is the mean of the adapters after so many last steps.
@@ -42,6 +43,7 @@ class SonaSettings(BaseModel):
     instant_rank: int = Field(2, ge=1, le=2)
     instant_rate: float = Field(0.3, gt=0.0)
     trust_nats: float = Field(2.0, gt=0.0)
+    preview_kl: float = Field(0.004, ge=0.0)
     background: bool = True
     rank: int = Field(1, ge=1, le=64)
     learning_rate: float = Field(3e-3, gt=0.0, le=1.0)

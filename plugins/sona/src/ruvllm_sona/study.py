@@ -18,7 +18,7 @@ from ruvllm_core.protocols import LearningContext
 from ruvllm_sona.anchors import CHATS, anchor_tokens
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.frames import Record
-from ruvllm_sona.gate import RESCUE, Gate, GateConfig, Verdict
+from ruvllm_sona.gate import PREVIEW, RESCUE, Gate, GateConfig, Verdict, scaled
 from ruvllm_sona.holding import ANSWERS, Holding
 from ruvllm_sona.leash_texts import leash_piece, leash_tokens
 from ruvllm_sona.patterns import SHARED
@@ -287,16 +287,36 @@ class Study:
 
     def _preview(self, tenant: Tenant, brain: Brain) -> Work[None]:
         micro, version, begun = brain.micro, brain.micro.version, brain.begun
-        verdict = yield from self._judge({**brain.published, FINAL_SITE: micro.current}, RESCUE[:1])
-        if brain.begun is not begun or version not in micro.versions:
-            return  # what was judged is gone
-        if verdict.passed:
-            brain.accepted = version
-            return
-        before, reasons = brain.version, "; ".join(verdict.reasons)
+        delta, reasons = {FINAL_SITE: micro.current}, ""
+        if (away := brain.away) is None:
+            published = brain.published
+            away = ((yield from self._judge(published, RESCUE[:1])).figures.text_kl or 0.0) if published else 0.0
+            if brain.begun is not begun:
+                return
+            brain.away = away
+        for part in PREVIEW:
+            verdict = yield from self._judge({**brain.published, **scaled(delta, part)}, RESCUE[:1])
+            if brain.begun is not begun or version not in micro.versions:
+                return  # what was judged is gone
+            added = (verdict.figures.text_kl or 0.0) - away
+            if verdict.passed and added <= self._settings.preview_kl:
+                self._accept(brain, version, part)
+                return
+            reasons = reasons or "; ".join(verdict.reasons)
+            reasons = reasons or f"adds {added:.4g} nats per token on texts, allowed is {self._settings.preview_kl:.4g}"
+        before = brain.version
         brain.take_back()
         _log.info("a preview did not pass the gate", user=tenant.name, reason=reasons)
         tenant.audit.append("reject", actor="instant", before=before, after=brain.version, note=reasons)
+
+    def _accept(self, brain: Brain, version: str, part: float) -> None:
+        """That part of a preview may stay; of one that has moved on meanwhile the newer one is judged next."""
+        if part == 1.0:
+            brain.accepted = version
+        elif brain.micro.version == version:
+            brain.micro.shrink(part)
+            brain.accepted = brain.micro.version
+            _log.info("a preview was made smaller", version=version, part=part)
 
     def _rejected(self, tenant: Tenant, brain: Brain, verdict: Verdict, actor: str) -> None:
         reasons = "; ".join(verdict.reasons)
