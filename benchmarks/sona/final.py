@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ruvllm_core.decode.lora import FINAL_SITE
 from ruvllm_sona.adapters import AdapterStack
-from ruvllm_sona.gate import PREVIEW
+from ruvllm_sona.gate import PARTS
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.micro import MicroLoRA, MicroLoRAConfig
 from ruvllm_sona.network import Network, padded
@@ -62,7 +62,7 @@ class FinalFleet(Fleet):
         if self._keeper is None:
             return
         moved = [n for n, micro in enumerate(self._micros) if micro.version != self._accepted[n]]
-        for part in PREVIEW:
+        for part in PARTS:
             if not moved:
                 break
             left = []

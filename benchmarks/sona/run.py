@@ -12,7 +12,7 @@ import torch
 from ruvllm_sona.adapters import AdapterStack
 from ruvllm_sona.anchors import CHATS, anchor_tokens
 from ruvllm_sona.deep import DeepConfig
-from ruvllm_sona.gate import RESCUE, GateConfig
+from ruvllm_sona.gate import PARTS, GateConfig
 from ruvllm_sona.learner import LearnerConfig
 from ruvllm_sona.leash_texts import leash_tokens
 from ruvllm_sona.measure import weight_norms
@@ -156,7 +156,7 @@ def _deep(
     subject, config = held_out.subject, DeepConfig()
     texts = leash_tokens(subject.tokenizer)
     stack, trained = train(subject.network, cells, told, texts, config, plan.train_at_once)
-    verdicts = keeper.verdicts(stack, [RESCUE] * len(cells))
+    verdicts = keeper.verdicts(stack, [PARTS] * len(cells))
     passed = [n for n in trained if verdicts[n].passed]
     with torch.no_grad():
         for n, verdict in enumerate(verdicts):

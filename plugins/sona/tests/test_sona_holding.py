@@ -22,7 +22,7 @@ from ruvllm_sona.chain import Entry
 from ruvllm_sona.command_report import held_here
 from ruvllm_sona.curvature import normalized
 from ruvllm_sona.files import load_tensors, save_tensors
-from ruvllm_sona.gate import PREVIEW
+from ruvllm_sona.gate import PARTS
 from ruvllm_sona.holding import Holding, digest, load, save
 from ruvllm_sona.learner import Learner, LearnerConfig
 from ruvllm_sona.looking import AnswerProbe
@@ -510,7 +510,7 @@ def test_a_preview_that_goes_too_far_on_texts_is_made_smaller(rigs) -> None:
         own.accepted = ""
         judged(rig)
         after = own.micro.current
-        parts = [part for part in PREVIEW if np.array_equal(after.b, before.b * np.float32(part))]
+        parts = [part for part in PARTS if np.array_equal(after.b, before.b * np.float32(part))]
         assert len(parts) == 1 and parts[0] < 1.0 and own.micro.version == own.accepted != whole
         assert 0.0 < away(own.adapter().sites, anchors) - own.away <= added / 2 * 1.001
         study._settings = study._settings.model_copy(update={"preview_kl": 0.0})

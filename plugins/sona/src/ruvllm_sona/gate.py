@@ -22,7 +22,7 @@ from ruvllm_sona.sites import Deltas
 Tokens = Sequence[int]
 _LEAST = 4  # good and bad answers each, for an effect to be more than luck
 RESCUE = (1.0, 0.5, 0.25)  # scales of a candidate, the largest that passes wins
-PREVIEW = (1.0, 0.8, 0.6, 0.4, 0.2)  # the same of a preview, which is often at its limit
+PARTS = (1.0, 0.8, 0.6, 0.4, 0.2)  # the same of previews and of what took long to train
 
 
 @dataclass(frozen=True, eq=False)

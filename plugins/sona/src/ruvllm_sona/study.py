@@ -18,7 +18,7 @@ from ruvllm_core.protocols import LearningContext
 from ruvllm_sona.anchors import CHATS, anchor_tokens
 from ruvllm_sona.brain import Brain
 from ruvllm_sona.frames import Record
-from ruvllm_sona.gate import PREVIEW, RESCUE, Gate, GateConfig, Verdict, scaled
+from ruvllm_sona.gate import PARTS, RESCUE, Gate, GateConfig, Verdict, scaled
 from ruvllm_sona.holding import ANSWERS, Holding
 from ruvllm_sona.leash_texts import leash_piece, leash_tokens
 from ruvllm_sona.patterns import SHARED
@@ -294,7 +294,7 @@ class Study:
             if brain.begun is not begun:
                 return
             brain.away = away
-        for part in PREVIEW:
+        for part in PARTS:
             verdict = yield from self._judge({**brain.published, **scaled(delta, part)}, RESCUE[:1])
             if brain.begun is not begun or version not in micro.versions:
                 return  # what was judged is gone
@@ -333,7 +333,7 @@ class Study:
 
     def judge(self, candidate: Deltas) -> Work[Verdict]:
         """The gate's verdict on what was not learned step by step; the largest part of it that passes."""
-        return (yield from self._judge(candidate, RESCUE))
+        return (yield from self._judge(candidate, PARTS))
 
     def _judge(self, candidate: Deltas, scales: Sequence[float]) -> Work[Verdict]:
         _, measure = yield from self._network()
