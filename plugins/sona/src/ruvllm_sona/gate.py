@@ -49,8 +49,8 @@ class Measure(Protocol):
 class GateConfig:
     """The limits; a candidate at a limit passes.
 
-    A token's log-probability moves by about the square root of twice the KL: .4 nats at .07. Over 900 tokens of anchors
-    that is a standard error of .013, nearly `max_mean_loss`. So a loss has to be above its limit by more than is
+    A token's log-probability moves by about the square root of twice the KL: .16 nats at .013. Over 600 tokens of texts
+    that is a standard error of .0065, a third of `max_mean_loss`. So a loss has to be above its limit by more than is
     likely to be an accident of these few texts. Four times as many tokens make the gate twice as sharp.
 
     Attributes:

@@ -222,6 +222,7 @@ class Study:
         if actor != "background":
             brain.put_back()  # what the background loop has in hand is not in this version
         brain.adopt(number, deltas, covers)
+        brain.away = verdict.figures.text_kl
         tenant.bank.patterns[tenant.pattern_of(brain)].version = str(number)
         tenant.log.append(Record("published", time.time(), version=number, covers=covers))
         measured = {
